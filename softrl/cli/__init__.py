@@ -1,0 +1,42 @@
+"""The `softrl` command: one file a subcommand, imported only when it is asked for.
+
+Nothing here imports torch or trl at the top level, so that `softrl --help` answers in about a second.
+"""
+
+import argparse
+import importlib
+import sys
+
+# name -> one line for --help. A command lives in softrl/cli/<name>.py and defines `main(argv: list[str]) -> int`.
+COMMANDS = {
+    "quickstart": "train SmolLM2-135M to write favourable reviews, and print before and after (about five minutes)",
+    "train": "train a policy from a recipe: softrl train --config recipes/quickstart.yaml [--key value ...]",
+    "assets": "fetch, check, convert and cache the embedded model, reviews, encoder and rewards",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch `softrl COMMAND ...`; returns the process's exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="softrl",
+        description="Reinforcement learning of language models by backpropagating rewards through soft tokens.",
+        epilog=f"commands:\n{listing}\n\n`softrl COMMAND --help` shows a command's own arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="softrl [-h] [--version] COMMAND ...",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    arguments, _ = parser.parse_known_args(argv[:1])
+    if arguments.version:
+        from softrl import __version__
+
+        print(f"softrl {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    command = importlib.import_module(f"softrl.cli.{arguments.command}")
+    return command.main(argv[1:])
