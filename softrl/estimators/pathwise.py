@@ -1,0 +1,164 @@
+"""The pathwise estimator: objective, cotangents (phase 2) and the surrogate whose gradient is the estimate (phase 3).
+
+`J = R(q_1..q_T) + Σ_t F_t` is maximised. The surrogate is
+`S(θ) = Σ_t ⟨sg a_t, p_t(θ, sg e)⟩ + Σ_t F_t(θ, sg e) + γ Σ_t ⟨sg λ_t, E(sg q_t; W)⟩`; at γ = 1 and exact cotangents
+its gradient is dJ/dθ, the input embedding's part included. Source: ours (softrl maths, section 2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from softrl.estimators.adjoint import AdjointSettings, Cotangents, recorded_embeds, solve_cotangents
+from softrl.models.policy import Policy, chunk_length, evaluating
+from softrl.objectives.token_terms import DirectTerms, TokenOutputs, token_outputs
+from softrl.rewards.base import Reward, checked_soft
+from softrl.tokens.relaxation import Relaxation
+from softrl.types import Rollout
+
+
+def unbiased_for(relaxation: Relaxation, settings: AdjointSettings) -> Literal["soft"] | None:
+    """Which objective's gradient the estimate is unbiased for: that of soft tokens, or none.
+
+    A mixture that is scored and fed back as it is, with exact cotangents, gives the exact derivative for the noise
+    drawn. Straight-through takes q's derivative to be p's, and truncated or discounted cotangents leave paths out.
+    """
+    if relaxation.feeds_one_hot or relaxation.detach_temperature or not settings.is_exact:
+        return None
+    return "soft"
+
+
+@dataclass
+class PathwiseObjective:
+    """J of every sequence: the reward of the fed tokens plus the direct terms.
+
+    The reference reads the fed tokens through its own embedding, so J depends on q through it as well. What it made
+    of them stays in `reference_hidden`, because phase 3 needs it again.
+    """
+
+    policy: Policy
+    rollout: Rollout
+    reward: Reward
+    terms: DirectTerms
+    columns: dict[str, Sequence]
+    reference_hidden: Float[Tensor, "N T E"] | None = None
+
+    def __call__(self, fed: Float[Tensor, "N T K"], hidden: Float[Tensor, "N T D"]) -> Float[Tensor, "N"]:
+        """J [N] from q and the policy's hidden states, differentiable in both."""
+        tokens = self.rollout.soft_tokens.with_weights(fed)
+        total = checked_soft(self.reward, tokens, **self.columns)
+        if self.terms.are_zero:
+            return total
+        reference_hidden = None
+        if self.terms.kl_weight > 0.0:
+            reference_hidden = hidden_of_reference(self.terms, self.rollout, fed)
+            self.reference_hidden = None if reference_hidden is None else reference_hidden.detach()
+        ids = self.rollout.support.ids
+        outputs = token_outputs(self.policy, hidden, ids, self.terms.reference, reference_hidden)
+        return total + self.terms.total(outputs, self.rollout.mask).to(total.dtype)
+
+
+def hidden_of_reference(
+    terms: DirectTerms, rollout: Rollout, fed: Float[Tensor, "N T K"]
+) -> Float[Tensor, "N T E"] | None:
+    """The reference model's hidden states on the fed tokens, differentiable in q; None without a reference."""
+    if terms.reference is None:
+        return None
+    with evaluating(terms.reference.model):
+        ids = rollout.support.ids.flatten(0, 1)
+        embeds = terms.reference.embed_soft(ids, fed.flatten(0, 1)).unflatten(0, rollout.mask.shape)
+        return terms.reference.hidden(rollout.prompts, embeds)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What phase 3 needs; nothing in it carries a graph."""
+
+    rollout: Rollout
+    cotangents: Cotangents
+    embeds: Float[Tensor, "N T D"]
+    reference_hidden: Float[Tensor, "N T E"] | None
+
+
+def pathwise_estimate(
+    policy: Policy,
+    rollout: Rollout,
+    relaxation: Relaxation,
+    reward: Reward,
+    terms: DirectTerms,
+    settings: AdjointSettings,
+    columns: dict[str, Sequence] | None = None,
+) -> Estimate:
+    """Phase 2: the cotangents of `J = R + ΣF` for a recorded rollout.
+
+    Args:
+        policy, rollout, relaxation: phase 1's model, record and relaxation.
+        reward: its soft face is differentiated.
+        terms: KL and entropy terms.
+        settings: how cotangents are solved for.
+        columns: data-set columns handed to the reward, one entry a sequence.
+    Raises:
+        ValueError: the reward's value has a wrong shape, is not finite or not differentiable.
+    """
+    objective = PathwiseObjective(policy, rollout, reward, terms, columns or {})
+    cotangents = solve_cotangents(policy, rollout, relaxation, objective, settings)
+    reference_hidden = objective.reference_hidden
+    if reference_hidden is None:  # no KL in J, but the KL is still measured
+        with torch.no_grad():
+            reference_hidden = hidden_of_reference(terms, rollout, rollout.fed)
+    return Estimate(rollout, cotangents, recorded_embeds(policy, rollout), reference_hidden)
+
+
+@dataclass(frozen=True)
+class SurrogateOutput:
+    """S of every sequence, and what was measured on the way: nats per position, and the replay's error in p."""
+
+    value: Float[Tensor, "N"]
+    outputs: TokenOutputs
+    replay_error: Float[Tensor, ""]
+
+
+def surrogate(
+    policy: Policy, relaxation: Relaxation, estimate: Estimate, terms: DirectTerms, settings: AdjointSettings
+) -> SurrogateOutput:
+    """Phase 3: one ordinary forward pass whose gradient is the estimate. Call it inside the wrapped model's forward.
+
+    Args:
+        policy: the model with gradients.
+        relaxation, terms, settings: those of phases 1 and 2.
+        estimate: phase 2's result.
+    Returns:
+        S, to be maximised, shape (N,); its value has no meaning beyond its gradient.
+    """
+    rollout, cotangents = estimate.rollout, estimate.cotangents
+    hidden = policy.hidden(rollout.prompts, estimate.embeds)
+    outputs = token_outputs(policy, hidden, rollout.support.ids, terms.reference, estimate.reference_hidden)
+    weights = relaxation.weights(outputs.kept_logits, rollout.support)
+    value = (cotangents.weights.detach().to(weights.dtype) * weights).sum((-2, -1))
+    value = value + terms.total(outputs, rollout.mask)
+    if policy.trains_embedding and settings.feedback_discount > 0.0:
+        value = value + settings.feedback_discount * _embedding_term(policy, estimate).to(value.dtype)
+    # Padding after the end replays nothing anybody uses.
+    replay_error = (weights - rollout.weights).detach().abs().amax(-1).masked_fill(~rollout.mask, 0.0).max()
+    return SurrogateOutput(value, outputs, replay_error)
+
+
+def _embedding_term(policy: Policy, estimate: Estimate) -> Float[Tensor, "N"]:
+    """`Σ_t ⟨sg λ_t, E(sg q_t; W)⟩`: the input embedding's own gradient through the fed tokens, in chunks."""
+    rollout = estimate.rollout
+    ids, fed = rollout.support.ids.flatten(0, 1), rollout.fed.flatten(0, 1)
+    adjoint = estimate.cotangents.embeds.flatten(0, 1)
+
+    def piece_of(start: int, stop: int) -> Float[Tensor, "M"]:
+        embeds = policy.embed_soft(ids[start:stop], fed[start:stop])
+        return (adjoint[start:stop].to(embeds.dtype) * embeds).sum(-1)
+
+    size = chunk_length(ids.shape[-1] * adjoint.shape[-1])
+    bounds = [(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
+    pieces = [checkpoint(piece_of, start, stop, use_reentrant=False) for start, stop in bounds]
+    return torch.cat(pieces).view(rollout.mask.shape).sum(-1)

@@ -1,0 +1,170 @@
+"""Our own functional key-value cache: preallocated, replayable, and differentiable one step at a time.
+
+transformers' caches are for inference. In the gradient path we need to know that nothing detaches, that a step can be
+recomputed from the keys and values of the steps before it, and that the cotangents of those keys and values end up in
+one buffer instead of in T copies of the cache.
+
+Left out: sliding-window layers keep all their keys (the mask hides the old ones), so they cost more memory than they
+need to.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class _Splice(torch.autograd.Function):
+    """Puts a recomputed key (or value) into the recorded cache, for one attention layer of one step.
+
+    Forward returns the recorded tensors up to and including this slot: a view, no copy. Backward adds the cotangents
+    of the slots before it to the buffer, in place, and passes on what this slot has collected in total.
+    """
+
+    @staticmethod
+    def forward(ctx, new, recorded, cotangents, slot, first_slot):  # type: ignore[no-untyped-def]
+        ctx.cotangents, ctx.slot, ctx.first_slot = cotangents, slot, first_slot
+        return recorded.detach()[:, :, : slot + 1]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        index = ctx.slot - ctx.first_slot
+        ctx.cotangents[:, :, :index] += grad[:, :, ctx.first_slot : ctx.slot]
+        total = grad[:, :, ctx.slot :] + ctx.cotangents[:, :, index : index + 1].to(grad.dtype)
+        return total, None, None, None, None
+
+
+class RecordedLayer(CacheLayerMixin):
+    """Keys and values of one layer for `capacity` slots, written once and then replayed."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self.first_slot: int | None = None  # set while replaying: cotangents are kept from here on
+        self.key_cotangents: Tensor | None = None
+        self.value_cotangents: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = key_states.new_zeros(*key_states.shape[:2], self.capacity, key_states.shape[-1])
+        self.values = value_states.new_zeros(*value_states.shape[:2], self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if self.first_slot is not None:
+            keys = _Splice.apply(key_states, self.keys, self.key_cotangents, self.length, self.first_slot)
+            values = _Splice.apply(value_states, self.values, self.value_cotangents, self.length, self.first_slot)
+            return keys, values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.length + key_states.shape[-2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def repeat(self, num_samples: int) -> None:
+        """Give every sample of a prompt its own copy of the prompt's keys and values."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self.keys.repeat_interleave(num_samples, 0)
+        self.values = self.values.repeat_interleave(num_samples, 0)
+
+    def start_replay(self, first_slot: int) -> None:
+        """From now on recompute recorded slots from `first_slot` on, last one first, and collect cotangents."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.first_slot = first_slot
+        self.key_cotangents = _zero_cotangents(self.keys, first_slot)
+        self.value_cotangents = _zero_cotangents(self.values, first_slot)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _zero_cotangents(recorded: Float[Tensor, "N H S d"], first_slot: int) -> Float[Tensor, "N H steps d"]:
+    """Zeros for the slots from `first_slot` on; at least float32, since thousands of terms are added up in it."""
+    dtype = torch.promote_types(recorded.dtype, torch.float32)
+    shape = (*recorded.shape[:2], recorded.shape[2] - first_slot, recorded.shape[3])
+    return torch.zeros(shape, dtype=dtype, device=recorded.device)
+
+
+class GrowingLayer(CacheLayerMixin):
+    """Keys and values by concatenation, inside the graph: plain autograd through the loop."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        else:
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def repeat(self, num_samples: int) -> None:
+        """Give every sample of a prompt its own copy of the prompt's keys and values."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self.keys.repeat_interleave(num_samples, 0)
+        self.values = self.values.repeat_interleave(num_samples, 0)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class KVCache(Cache):
+    """A transformers cache made of our layers, one for every layer of the model."""
+
+    def __init__(self, num_layers: int, capacity: int, growing: bool = False):
+        super().__init__(layers=[GrowingLayer() if growing else RecordedLayer(capacity) for _ in range(num_layers)])
+
+    def repeat(self, num_samples: int) -> None:
+        """Give every sample of a prompt its own copy of the prompt's keys and values."""
+        for layer in self.layers:
+            layer.repeat(num_samples)
+
+    def start_replay(self, first_slot: int) -> None:
+        """See `RecordedLayer.start_replay`."""
+        for layer in self.layers:
+            layer.start_replay(first_slot)
+
+    def seek(self, slot: int) -> None:
+        """The next update recomputes this slot."""
+        for layer in self.layers:
+            layer.length = slot
+
+
+def num_key_value_layers(decoder: torch.nn.Module) -> int | None:
+    """How many layers a key-value cache of this decoder has; None when its state is not only keys and values.
+
+    transformers' own cache factory is asked, so that a hybrid or a state-space model is recognised whatever its name.
+    """
+    layers = DynamicCache(config=decoder.config).layers
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    return len(layers)

@@ -1,0 +1,303 @@
+"""A causal language model seen through its input embeddings: parallel forward, step by step decoding, and its head.
+
+Works with any transformers causal LM that has a parallel forward over `inputs_embeds`, PEFT adapters included. Token
+embeddings always go through the model's own embedding module: some models scale inside it, and sharding engines only
+gather its weight there. Nothing here builds a [N, T, V] tensor; the head is applied to as many positions as it is given.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from softrl.models.kv import num_key_value_layers
+from softrl.models.state import DecodeState, HostState, KeyValueState, RecurrentState, positions
+from softrl.tokens.embedding import NormCorrection, check_norm_correction, mixture_embedding
+from softrl.types import Prompts
+
+_CHUNK_ELEMENTS = 2**23  # 32 MiB in float32: bounds every temporary that has a V or a K x D axis
+
+
+def chunk_length(elements_per_item: int) -> int:
+    """How many items of that size fit into one chunk; at least one."""
+    return max(1, _CHUNK_ELEMENTS // elements_per_item)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper (its adapters stay active); other models as they are.
+
+    Raises:
+        ValueError: the adapter prepends virtual tokens (prefix or prompt tuning), which our forwards would leave out.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft type {model.active_peft_config.peft_type} prepends virtual tokens to the prompt, which softrl's "
+            "rollouts do not feed; use LoRA or another adapter that changes the layers"
+        )
+    return model.get_base_model()
+
+
+class Policy:
+    """A causal LM as the rollouts and the gradient phases use it.
+
+    Args:
+        model: transformers causal LM, or a PEFT model around one.
+        temperature: sampling temperature, part of the policy's definition: every logit is divided by it, at sampling
+            and at scoring alike.
+        norm_correction: see `mixture_embedding`.
+        context: entered around every use of the model; a LoRA reference passes `model.disable_adapter`.
+    Raises:
+        TypeError: the model has no parallel forward over `inputs_embeds`, or no output embeddings.
+        ValueError: temperature <= 0, unknown norm correction, or prompt-learning adapters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float = 1.0,
+        norm_correction: NormCorrection = "none",
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        if not temperature > 0.0:
+            raise ValueError(f"the sampling temperature must be positive, got {temperature}")
+        check_norm_correction(norm_correction)
+        self.model = model
+        self.temperature = temperature
+        self.norm_correction = norm_correction
+        self.context = context
+        self.causal_lm = unwrap(model)
+        self.decoder = self.causal_lm.base_model
+        self._accepted = self._check_interface()
+
+    def _check_interface(self) -> frozenset[str]:
+        name = type(self.causal_lm).__name__
+        accepted = frozenset(inspect.signature(self.decoder.forward).parameters)
+        if self.decoder is self.causal_lm or "inputs_embeds" not in accepted:
+            raise TypeError(
+                f"{name} has no parallel forward over inputs_embeds, which soft tokens are fed through; use a causal "
+                "LM of transformers whose decoder accepts inputs_embeds (Llama, GPT-2, Qwen, Gemma, Mamba, ...)"
+            )
+        if self.causal_lm.get_output_embeddings() is None:
+            raise TypeError(f"{name} has no output embeddings (lm_head), so it gives no logits to sample from")
+        return accepted
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of logits."""
+        return self.causal_lm.config.get_text_config().vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest input that the position embeddings allow; None where the configuration names no limit."""
+        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings, which is that of everything that is fed."""
+        return self.causal_lm.get_input_embeddings().weight.dtype
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the input embedding has trainable parameters, so that the embedding's own gradient is wanted."""
+        return any(parameter.requires_grad for parameter in self.causal_lm.get_input_embeddings().parameters())
+
+    def embed(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
+        """Token embeddings as the model's own module returns them."""
+        with self.context():
+            return self.causal_lm.get_input_embeddings()(ids)
+
+    def embed_soft(self, ids: Int[Tensor, "M K"], weights: Float[Tensor, "M K"]) -> Float[Tensor, "M D"]:
+        """E(q): embeddings of M soft tokens, in chunks, differentiable in the weights and in W."""
+        pieces = []
+        size = chunk_length(ids.shape[-1] * self.causal_lm.config.get_text_config().hidden_size)
+        for ids_piece, weights_piece in zip(ids.split(size), weights.split(size), strict=True):
+            pieces.append(mixture_embedding(weights_piece, self.embed(ids_piece), self.norm_correction))
+        return torch.cat(pieces)
+
+    def feedback(
+        self, ids: Int[Tensor, "M K"], weights: Float[Tensor, "M K"], cotangents: Float[Tensor, "M D"]
+    ) -> Float[Tensor, "M K"]:
+        """`(∂e/∂q)ᵀ λ` of M soft tokens, in chunks; parameters get no gradient."""
+        pieces = []
+        size = chunk_length(ids.shape[-1] * cotangents.shape[-1])
+        for ids_piece, weights_piece, cotangent in zip(
+            ids.split(size), weights.split(size), cotangents.split(size), strict=True
+        ):
+            with torch.no_grad():
+                vectors = self.embed(ids_piece)
+            with torch.enable_grad():
+                leaf = weights_piece.detach().requires_grad_()
+                embedding = mixture_embedding(leaf, vectors, self.norm_correction)
+            (grad,) = torch.autograd.grad(embedding, leaf, cotangent.to(embedding.dtype))
+            pieces.append(grad)
+        return torch.cat(pieces)
+
+    def head(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
+        """Logits at the sampling temperature, in float32 at least. M is the caller's chunk: keep it small."""
+        with self.context():
+            logits = self.causal_lm.get_output_embeddings()(hidden)
+        return self._scaled(logits)
+
+    def _scaled(self, logits: Float[Tensor, "M n"]) -> Float[Tensor, "M n"]:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _model_logits(self.causal_lm.config.get_text_config(), logits) / self.temperature
+
+    def kept_logits(self, hidden: Float[Tensor, "M D"], ids: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        """Logits of the kept ids only, at the sampling temperature; M is the caller's chunk.
+
+        A plain, unsharded linear head is read at K rows instead of multiplied by all V.
+        """
+        head = self.causal_lm.get_output_embeddings()
+        if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.weight.numel() == 0:
+            return self.head(hidden).gather(-1, ids)
+        logits = torch.einsum("md,mkd->mk", hidden, head.weight[ids])
+        if head.bias is not None:
+            logits = logits + head.bias[ids]
+        return self._scaled(logits)
+
+    def hidden(self, prompts: Prompts, embeds: Float[Tensor, "N T D"]) -> Float[Tensor, "N T D"]:
+        """Hidden states from which tokens 1..T are predicted, in one parallel pass over recorded embeddings.
+
+        Args:
+            prompts: N rows, left-padded.
+            embeds: embeddings of tokens 1..T; the last one is not fed, since nothing is predicted from it.
+        """
+        prompt_embeds = self.embed(prompts.ids)
+        fed = torch.cat([prompt_embeds, embeds[:, :-1].to(prompt_embeds.dtype)], 1)
+        mask = torch.cat([prompts.mask, prompts.mask.new_ones(embeds.shape[0], embeds.shape[1] - 1)], 1)
+        arguments = {"inputs_embeds": fed, "attention_mask": mask.long(), "use_cache": False}
+        if "position_ids" in self._accepted:
+            arguments["position_ids"] = positions(mask)
+        with self.context():
+            output = self.decoder(**{name: value for name, value in arguments.items() if name in self._accepted})
+        return output.last_hidden_state[:, prompts.mask.shape[1] - 1 :]
+
+    def begin(
+        self, prompts: Prompts, num_samples: int, capacity: int, growing: bool = False
+    ) -> tuple[Float[Tensor, "N D"], DecodeState]:
+        """Prefill every prompt once and give each of its samples the result.
+
+        Args:
+            prompts: B rows.
+            num_samples: G.
+            capacity: how many embeddings will be fed at most.
+            growing: keep the state inside the autograd graph (plain backpropagation through the loop).
+        Returns:
+            Hidden state that token 1 is predicted from, shape (N, D), and the decoding state of the N sequences.
+        Raises:
+            ValueError: gradient checkpointing is active, which silently drops the cache.
+        """
+        self._refuse_checkpointing()
+        state = self._new_state(prompts, capacity, growing)
+        with torch.no_grad(), self.context():
+            hidden = state.advance(self.embed(prompts.ids))[:, -1]
+        if num_samples > 1:
+            state.repeat(num_samples)
+        return hidden.repeat_interleave(num_samples, 0), state
+
+    def advance(self, state: DecodeState, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
+        """Feed S embeddings to a decoding state; hidden states at their positions."""
+        with self.context():
+            return state.advance(embeds)
+
+    def replay(self, state: DecodeState, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """See `DecodeState.replay`."""
+        with self.context():
+            return state.replay(index, embed)
+
+    def _new_state(self, prompts: Prompts, capacity: int, growing: bool) -> DecodeState:
+        if hasattr(self.decoder, "initial_state"):
+            return RecurrentState(self.decoder, prompts)
+        if num_key_value_layers(self.decoder) is not None:
+            return KeyValueState(self.decoder, prompts, capacity, growing)
+        argument = "past_key_values" if "past_key_values" in self._accepted else "cache_params"
+        return HostState(self.decoder, prompts, argument)
+
+    def _refuse_checkpointing(self) -> None:
+        if any(
+            layer.gradient_checkpointing and layer.training
+            for layer in self.decoder.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+        ):
+            raise ValueError(
+                "gradient checkpointing is active, and transformers then drops the key-value cache, which gives wrong "
+                "gradients; call model.eval() or model.gradient_checkpointing_disable() before decoding"
+            )
+
+
+def _model_logits(config: object, logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+    """What some causal LMs do to the head's output in their own forward."""
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, relative_tolerance: float = 1e-3) -> None:
+    """Compare our decoder-then-head with the model's own forward on two tokens.
+
+    Raises:
+        TypeError: the logits differ, i.e. the model does something between its decoder and its logits that softrl
+            does not know, or its decoder is not a plain function of inputs_embeds.
+    """
+    embedding = policy.causal_lm.get_input_embeddings()
+    ids = torch.tensor([[0, min(1, policy.vocab_size - 1)]], device=embedding.weight.device)
+    prompts = Prompts(ids[:, :1], torch.ones_like(ids[:, :1], dtype=torch.bool))
+    with evaluating(policy.causal_lm):
+        hidden = policy.hidden(prompts, policy.embed(ids))
+        ours = policy.head(hidden[0, 1:]) * policy.temperature
+        theirs = policy.causal_lm(input_ids=ids).logits[0, -1:].to(ours.dtype)
+    difference = ((ours - theirs).norm() / theirs.norm()).item()
+    limit = relative_tolerance if policy.dtype in (torch.float32, torch.float64) else 3e-2
+    if not difference < limit:
+        raise TypeError(
+            f"{type(policy.causal_lm).__name__}: its logits differ from decoder + lm_head by {difference:.1e} "
+            "(relative), so soft rollouts would not be its own; please report the architecture"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module, checkpointed: bool = False) -> Iterator[None]:
+    """Switch a model to evaluation for a while: dropout is off in all three phases.
+
+    Args:
+        model: any module.
+        checkpointed: leave only the layers that implement gradient checkpointing in training mode, which is what
+            transformers' switch for it looks at; their children, dropout among them, are in evaluation mode.
+    """
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    if checkpointed:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter needs a gradient: phases 1 and 2 differentiate inputs only, and keep less for it."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+

@@ -1,0 +1,183 @@
+"""Decoding states: what a policy carries from step to step, and how one step of it is recomputed and differentiated.
+
+Three kinds, one interface: keys and values (`KeyValueState`), a recurrent state (`RecurrentState`), and transformers'
+own cache (`HostState`) for architectures that keep something else; the last one decodes but cannot be replayed.
+Slots count positions of the padded input: the prompt fills slots 0..P-1, the embedding of token t (from 1) slot P+t-1.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from softrl.models.kv import KVCache, num_key_value_layers
+from softrl.types import Prompts
+
+
+def positions(mask: Bool[Tensor, "N S"]) -> Tensor:
+    """Position ids of left-padded sequences: real tokens count from 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class DecodeState:
+    """Interface. `advance` moves on, recording; `replay` and `pull` differentiate one recorded step."""
+
+    replayable = True
+
+    def __init__(self, decoder: nn.Module, prompts: Prompts):
+        self.decoder = decoder
+        self.mask = prompts.mask  # of all slots so far
+        self.prompt_length = prompts.mask.shape[1]
+
+    def repeat(self, num_samples: int) -> None:
+        """Turn the state of B prompts into that of N = B * G sequences."""
+        self.mask = self.mask.repeat_interleave(num_samples, 0)
+
+    def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
+        """Feed S embeddings; returns the hidden states at their positions."""
+        raise NotImplementedError
+
+    def start_replay(self) -> None:
+        """Stop recording; `replay` is then called for the recorded steps, last one first."""
+        raise NotImplementedError
+
+    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Recompute, with a graph from `embed`, the hidden state after generated token `index` (from 0) was fed."""
+        raise NotImplementedError
+
+    def pull(
+        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "N D"]:
+        """Cotangent of `embed`: through this step's hidden state and through all later steps that read its state."""
+        raise NotImplementedError
+
+    def _extend_mask(self, num_slots: int) -> None:
+        ones = self.mask.new_ones(self.mask.shape[0], num_slots)
+        self.mask = torch.cat([self.mask, ones], 1)
+
+
+class KeyValueState(DecodeState):
+    """Attention keys and values, in our own cache."""
+
+    def __init__(self, decoder: nn.Module, prompts: Prompts, capacity: int, growing: bool = False):
+        super().__init__(decoder, prompts)
+        num_layers = num_key_value_layers(decoder)
+        assert num_layers is not None
+        self.cache = KVCache(num_layers, self.prompt_length + capacity, growing)
+        self.mask = prompts.mask[:, :0]
+        self.all_prompt = prompts.mask
+
+    def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
+        if self.mask.shape[1] == 0:
+            self.mask = self.all_prompt
+        else:
+            self._extend_mask(embeds.shape[1])
+        return self._forward(embeds, self.mask)
+
+    def _forward(self, embeds: Float[Tensor, "N S D"], mask: Bool[Tensor, "N slots"]) -> Float[Tensor, "N S D"]:
+        output = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            position_ids=positions(mask)[:, -embeds.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def repeat(self, num_samples: int) -> None:
+        super().repeat(num_samples)
+        self.cache.repeat(num_samples)
+
+    def start_replay(self) -> None:
+        self.cache.start_replay(self.prompt_length)
+
+    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        slot = self.prompt_length + index
+        self.cache.seek(slot)
+        return self._forward(embed[:, None], self.mask[:, : slot + 1])[:, 0]
+
+    def pull(
+        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "N D"]:
+        # The cache's splices add what later steps asked of this slot, and book what this step asks of earlier ones.
+        (grad,) = torch.autograd.grad(hidden, embed, cotangent)
+        return grad
+
+
+class RecurrentState(DecodeState):
+    """A recurrent state that the decoder's `step` maps forward as a pure function."""
+
+    def __init__(self, decoder: nn.Module, prompts: Prompts):
+        super().__init__(decoder, prompts)
+        self.recorded: list[Tensor] = []  # the state after the prompt, then after every fed token
+        self.leaf: Tensor | None = None
+        self.cotangent: Tensor | None = None
+
+    def repeat(self, num_samples: int) -> None:
+        super().repeat(num_samples)
+        self.recorded = [state.repeat_interleave(num_samples, 0) for state in self.recorded]
+
+    def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
+        if not self.recorded:
+            output = self.decoder(inputs_embeds=embeds, attention_mask=self.mask)
+            self.recorded.append(output.state)
+            return output.last_hidden_state
+        hidden = []
+        for position in range(embeds.shape[1]):
+            self.recorded.append(self.decoder.step(embeds[:, position], self.recorded[-1]))
+            hidden.append(self.recorded[-1][:, -1])
+        return torch.stack(hidden, 1)
+
+    def start_replay(self) -> None:
+        self.cotangent = torch.zeros_like(self.recorded[-1])
+
+    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        self.leaf = self.recorded[index].detach().requires_grad_()
+        self.after = self.decoder.step(embed, self.leaf)
+        return self.after[:, -1]
+
+    def pull(
+        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "N D"]:
+        assert self.leaf is not None
+        roots, cotangents = [hidden, self.after], [cotangent, self.cotangent]
+        grad, self.cotangent = torch.autograd.grad(roots, [embed, self.leaf], cotangents)
+        return grad
+
+
+class HostState(DecodeState):
+    """transformers' own cache (state-space and hybrid models): decodes without gradients, cannot be replayed."""
+
+    replayable = False
+
+    def __init__(self, decoder: nn.Module, prompts: Prompts, cache_argument: str):
+        super().__init__(decoder, prompts)
+        self.cache = DynamicCache(config=decoder.config)
+        self.cache_argument = cache_argument
+        self.started = False
+
+    def repeat(self, num_samples: int) -> None:
+        super().repeat(num_samples)
+        rows = torch.arange(self.mask.shape[0] // num_samples, device=self.mask.device)
+        self.cache.reorder_cache(rows.repeat_interleave(num_samples))
+
+    def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self.decoder).__name__} keeps its state in transformers' own cache, whose updates are not "
+                "differentiable; run the rollout under torch.no_grad() and take cotangents with method='parallel'"
+            )
+        if self.started:
+            self._extend_mask(embeds.shape[1])
+        hidden = []
+        # Past the prompt these models take one position at a time: their fast path carries no state across several.
+        for piece in embeds.split(1 if self.started else embeds.shape[1], dim=1):
+            output = self.decoder(
+                inputs_embeds=piece,
+                attention_mask=None if self.started else self.mask.long(),
+                use_cache=True,
+                **{self.cache_argument: self.cache},
+            )
+            hidden.append(output.last_hidden_state)
+        self.started = True
+        return torch.cat(hidden, 1)

@@ -1,0 +1,114 @@
+"""What a position's hidden state gives: kept logits, entropy, KL to the reference; and the direct terms F made of them.
+
+All full-vocabulary work of a training step is here, in chunks of positions that are recomputed in the backward pass,
+so that no [N, T, V] tensor exists at any time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from softrl.masking import per_sequence_sum
+from softrl.models.policy import Policy, chunk_length
+from softrl.objectives.divergences import entropy, kl_divergence
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """Per position: logits of the kept ids, entropy of the policy, and KL to the reference (zero without one)."""
+
+    kept_logits: Float[Tensor, "N T K"]
+    entropy: Float[Tensor, "N T"]
+    kl: Float[Tensor, "N T"]
+
+
+@dataclass(frozen=True)
+class DirectTerms:
+    """`F_t = −β_KL KL(π‖π_ref)_t + β_H H(π)_t` on real tokens, in nats.
+
+    Args:
+        kl_weight: β_KL per token.
+        entropy_weight: β_H per token.
+        reference: π_ref; None when there is no reference model.
+    Raises:
+        ValueError: a negative weight, or a KL weight without a reference.
+    """
+
+    kl_weight: float = 0.0
+    entropy_weight: float = 0.0
+    reference: Policy | None = None
+
+    def __post_init__(self) -> None:
+        if self.kl_weight < 0.0 or self.entropy_weight < 0.0:
+            raise ValueError(
+                f"kl_weight and entropy_weight must not be negative, got {self.kl_weight} and {self.entropy_weight}"
+            )
+        if self.kl_weight > 0.0 and self.reference is None:
+            raise ValueError(f"kl_weight={self.kl_weight} needs a reference model to measure the KL to")
+
+    @property
+    def are_zero(self) -> bool:
+        """Whether F vanishes identically."""
+        return self.kl_weight == 0.0 and self.entropy_weight == 0.0
+
+    def total(self, outputs: TokenOutputs, mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N"]:
+        """`Σ_t F_t` of each sequence."""
+        values = torch.zeros_like(outputs.kl)
+        if self.kl_weight > 0.0:
+            values = values - self.kl_weight * outputs.kl
+        if self.entropy_weight > 0.0:
+            values = values + self.entropy_weight * outputs.entropy
+        return per_sequence_sum(values, mask)
+
+
+def _chunk(
+    policy: Policy,
+    hidden: Float[Tensor, "M D"],
+    ids: Int[Tensor, "M K"],
+    reference: Policy | None,
+    reference_hidden: Float[Tensor, "M E"] | None,
+) -> tuple[Float[Tensor, "M K"], Float[Tensor, "M"], Float[Tensor, "M"]]:
+    logits = policy.head(hidden)
+    log_probs = logits.log_softmax(-1)
+    if reference is None or reference_hidden is None:
+        kl = torch.zeros_like(log_probs[:, 0])
+    else:
+        kl = kl_divergence(log_probs, reference.head(reference_hidden).log_softmax(-1))
+    return logits.gather(-1, ids), entropy(log_probs), kl
+
+
+def token_outputs(
+    policy: Policy,
+    hidden: Float[Tensor, "N T D"],
+    ids: Int[Tensor, "N T K"],
+    reference: Policy | None = None,
+    reference_hidden: Float[Tensor, "N T E"] | None = None,
+) -> TokenOutputs:
+    """One pass of the head over all positions, in chunks.
+
+    Args:
+        policy: whose head is applied.
+        hidden: hidden states that the tokens are predicted from.
+        ids: kept ids.
+        reference: π_ref, with its hidden states at the same positions; both or neither.
+    Returns:
+        Kept logits at the sampling temperature, entropy and KL, differentiable in the hidden states and parameters.
+    """
+    num_sequences, num_steps, num_kept = ids.shape
+    flat_hidden, flat_ids = hidden.flatten(0, 1), ids.flatten(0, 1)
+    size = chunk_length(policy.vocab_size)
+    hidden_pieces, id_pieces = flat_hidden.split(size), flat_ids.split(size)
+    if reference_hidden is None:
+        reference_pieces: tuple[Tensor | None, ...] = (None,) * len(id_pieces)
+    else:
+        reference_pieces = reference_hidden.flatten(0, 1).split(size)
+    results = [
+        checkpoint(_chunk, policy, piece, ids_piece, reference, reference_piece, use_reentrant=False)
+        for piece, ids_piece, reference_piece in zip(hidden_pieces, id_pieces, reference_pieces, strict=True)
+    ]
+    kept, entropies, kls = (torch.cat(parts) for parts in zip(*results, strict=True))
+    shape = (num_sequences, num_steps)
+    return TokenOutputs(kept.view(*shape, num_kept), entropies.view(shape), kls.view(shape))

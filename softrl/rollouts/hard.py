@@ -1,0 +1,61 @@
+"""Hard rollouts: ordinary sampling or greedy decoding, from the same policy object and the same random streams.
+
+Used for evaluation, for score-function methods, and as the forward pass of straight-through estimators.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from softrl.masking import is_any_of, mask_through_eos
+from softrl.models.policy import Policy, evaluating
+from softrl.rollouts.soft import check_rollout
+from softrl.tokens.noise import SequenceRandom
+from softrl.tokens.truncation import Truncation, sampler_log_probs
+from softrl.types import Prompts
+
+
+@torch.no_grad()
+def hard_rollout(
+    policy: Policy,
+    prompts: Prompts,
+    truncation: Truncation,
+    random: SequenceRandom,
+    num_steps: int,
+    num_samples: int = 1,
+    eos_ids: tuple[int, ...] = (),
+    greedy: bool = False,
+) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
+    """Sample (by the Gumbel-max trick) or decode greedily.
+
+    Args:
+        policy: the model and its sampling temperature.
+        prompts: B left-padded prompts.
+        truncation: its nucleus rules (top_p, min_p) define the sampler; `top_k` is a soft token's support and is
+            not applied here.
+        random: one stream a sequence, N = B * G.
+        num_steps: T, in tokens.
+        num_samples: G.
+        eos_ids: a sequence ends at the first of these.
+        greedy: take the argmax instead of a sample.
+    Returns:
+        Token ids, shape (N, T), and the mask of real tokens (through the end-of-sequence token).
+    Raises:
+        ValueError: as `soft_rollout`.
+    """
+    check_rollout(policy, prompts, num_steps, num_samples, random)
+    tokens: list[Int[Tensor, "N"]] = []
+    with evaluating(policy.model):
+        hidden, state = policy.begin(prompts, num_samples, capacity=num_steps)
+        ended = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for step in range(num_steps):
+            scores = sampler_log_probs(policy.head(hidden), truncation)
+            if not greedy:
+                scores = scores + random.gumbel(scores.shape[-1], scores.dtype)
+            tokens.append(scores.argmax(-1))
+            ended |= is_any_of(tokens[-1], eos_ids)
+            if step == num_steps - 1 or ended.all():
+                break
+            hidden = policy.advance(state, policy.embed(tokens[-1])[:, None])[:, 0]
+    stacked = torch.stack(tokens, 1)
+    return stacked, mask_through_eos(stacked, eos_ids)

@@ -1,0 +1,98 @@
+"""Soft rollouts: generate soft tokens step by step, without gradients, and record what replaying them needs.
+
+K numbers a step are kept, never a [N, T, V] tensor. Left out: soft stopping; a sequence ends hard, when its hard token
+is an end-of-sequence id.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softrl.masking import is_any_of, mask_through_eos
+from softrl.models.policy import Policy, evaluating
+from softrl.tokens.noise import SequenceRandom
+from softrl.tokens.relaxation import Relaxation
+from softrl.types import Prompts, Rollout, Support
+
+
+def check_rollout(policy: Policy, prompts: Prompts, num_steps: int, num_samples: int, random: SequenceRandom) -> None:
+    """Raise ValueError for prompts and lengths that no rollout can be made of."""
+    num_prompts, prompt_length = prompts.ids.shape
+    if num_prompts == 0 or prompt_length == 0:
+        raise ValueError(f"prompts: expected at least one prompt of at least one token, got shape {num_prompts, prompt_length}")
+    if not prompts.mask[:, -1].all():
+        raise ValueError("prompts: the last position is padding in some row; pad on the left, and leave no prompt empty")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if len(random) != num_prompts * num_samples:
+        raise ValueError(f"random has {len(random)} streams for {num_prompts} prompts x {num_samples} samples")
+    limit = policy.max_length
+    if limit is not None and prompt_length + num_steps > limit:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens and {num_steps} generated ones are longer than the model's context of "
+            f"{limit}; shorten the prompts (max_prompt_length) or generate fewer tokens (max_completion_length)"
+        )
+
+
+@torch.no_grad()
+def soft_rollout(
+    policy: Policy,
+    prompts: Prompts,
+    relaxation: Relaxation,
+    random: SequenceRandom,
+    num_steps: int,
+    num_samples: int = 1,
+    eos_ids: tuple[int, ...] = (),
+    on_step: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Generate `num_steps` soft tokens for every sample of every prompt.
+
+    Args:
+        policy: the model and its sampling temperature.
+        prompts: B left-padded prompts.
+        relaxation: how logits and noise become weights.
+        random: one stream a sequence, N = B * G.
+        num_steps: T, in tokens.
+        num_samples: G samples a prompt; the prompt is prefilled once.
+        eos_ids: a sequence ends at the first of these; generation stops early when all have.
+        on_step: called after every step with its index.
+    Returns:
+        The rollout, T axis cut to the longest sequence.
+    Raises:
+        ValueError: K larger than V, empty prompts, padding on the right, or a total length beyond the context.
+    """
+    relaxation.truncation.check_vocabulary(policy.vocab_size)
+    check_rollout(policy, prompts, num_steps, num_samples, random)
+    supports: list[Support] = []
+    weights: list[Float[Tensor, "N K"]] = []
+    with evaluating(policy.model):
+        hidden, state = policy.begin(prompts, num_samples, capacity=num_steps)
+        ended = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for step in range(num_steps):
+            logits = policy.head(hidden)
+            support = relaxation.draw(logits, random)
+            p = relaxation.weights(logits.gather(-1, support.ids), support)
+            supports.append(support)
+            weights.append(p)
+            ended |= is_any_of(support.tokens(), eos_ids)
+            if on_step is not None:
+                on_step(step)
+            if step == num_steps - 1 or ended.all():
+                break
+            embed = policy.embed_soft(support.ids, relaxation.fed(p, support))
+            hidden = policy.advance(state, embed[:, None])[:, 0]
+    support = _stack(supports)
+    recorded = torch.stack(weights, 1)
+    mask = mask_through_eos(support.tokens(), eos_ids)
+    return Rollout(prompts.repeated(num_samples), support, recorded, relaxation.fed(recorded, support), mask)
+
+
+def _stack(supports: list[Support]) -> Support:
+    return Support(
+        torch.stack([support.ids for support in supports], 1),
+        torch.stack([support.noise for support in supports], 1),
+        torch.stack([support.kept for support in supports], 1),
+        torch.stack([support.choice for support in supports], 1),
+    )

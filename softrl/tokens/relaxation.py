@@ -1,0 +1,191 @@
+"""Relaxations: how logits and noise become the weights of a soft token.
+
+A relaxation draws a step's support without gradients (`draw`) and computes the differentiable weights p from the kept
+logits and that support (`weights`), in the rollout and in both gradient phases alike, so that all three use the same
+numbers. `fed` turns p into q, what is fed back and scored; the derivative of q is taken to be that of p.
+
+Left out: ReinMax and Gumbel-Rao, whose Jacobians are not those of one softmax.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softrl.tokens.noise import SequenceRandom, gumbel_posterior
+from softrl.tokens.temperature import bounded_softmax, check_entropy_bound
+from softrl.tokens.truncation import Truncation, largest, sampler_log_probs
+from softrl.types import Support
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """Common part of the relaxations.
+
+    Args:
+        truncation: nucleus rules and the number of kept ids.
+        temperature: fixed relaxation temperature τ > 0 of the weights, `softmax(· / τ)`.
+        max_entropy_nats: bound the entropy of every soft token instead, 0 < H_max < log K; needs temperature=1.
+        detach_temperature: treat the bound's temperature as a constant in the backward pass.
+    Raises:
+        ValueError: temperature <= 0, both a temperature and a bound, a bound outside (0, log K).
+    """
+
+    truncation: Truncation
+    temperature: float = 1.0
+    max_entropy_nats: float | None = None
+    detach_temperature: bool = False
+
+    name: ClassVar[str]
+    feeds_one_hot: ClassVar[bool]  # q is the one-hot of the hard choice, so soft and hard rewards agree
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0.0:
+            raise ValueError(f"the relaxation temperature must be positive, got {self.temperature}")
+        if self.max_entropy_nats is not None:
+            check_entropy_bound(self.max_entropy_nats, self.truncation.top_k)
+            if self.temperature != 1.0:
+                raise ValueError(
+                    f"max_entropy_nats={self.max_entropy_nats} sets the relaxation temperature itself; leave "
+                    f"temperature at 1.0 (got {self.temperature})"
+                )
+
+    def draw(
+        self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
+    ) -> Support:
+        """A step's support, without gradients.
+
+        Args:
+            logits: log-probabilities of the sampler up to a constant (its temperature applied), nats, shape (N, V).
+            random: one stream a sequence.
+            tokens: hard tokens that any sampler drew from `sampler_log_probs(logits, truncation)`, shape (N,); then
+                the noise is drawn from its posterior given them. Left out, the relaxation samples for itself.
+        """
+        raise NotImplementedError
+
+    def perturbed(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
+        """The kept logits that the weights are a softmax of: here the clean ones."""
+        return kept_logits
+
+    def weights(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
+        """The differentiable weights p, renormalised on the kept support, shape (*batch, K)."""
+        logits = self.perturbed(kept_logits, support).masked_fill(~support.kept, -torch.inf)
+        if self.max_entropy_nats is not None:
+            return bounded_softmax(logits, self.max_entropy_nats, self.detach_temperature)
+        return (logits / self.temperature).softmax(-1)
+
+    def fed(self, weights: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
+        """q: the weights themselves for mixtures, the one-hot of the hard choice for straight-through."""
+        if self.feeds_one_hot:
+            return torch.zeros_like(weights).scatter(-1, support.choice[..., None], 1.0)
+        return weights
+
+
+def _given(tokens: Int[Tensor, "N"], scores: Float[Tensor, "N V"], top_k: int) -> Support:
+    """Noise-free support of the K best ids, the given tokens forced in where they are missing."""
+    _, ids, kept = largest(scores, top_k)
+    missing = ~(ids == tokens[:, None]).any(-1)
+    ids[missing, -1] = tokens[missing]
+    kept[missing, -1] = True
+    choice = (ids == tokens[:, None]).int().argmax(-1)
+    return Support(ids, torch.zeros_like(ids, dtype=scores.dtype), kept, choice)
+
+
+@dataclass(frozen=True)
+class SoftmaxMixture(Relaxation):
+    """Deterministic mixture: the K best ids, `p = softmax(z / τ)`, `q = p`; the hard token is the argmax."""
+
+    name = "softmax"
+    feeds_one_hot = False
+
+    @torch.no_grad()
+    def draw(
+        self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
+    ) -> Support:
+        log_probs = sampler_log_probs(logits, self.truncation)
+        return _given(log_probs.argmax(-1) if tokens is None else tokens, log_probs, self.truncation.top_k)
+
+
+@dataclass(frozen=True)
+class StraightThrough(Relaxation):
+    """`q` is the one-hot of a token sampled from the K kept ids, p = softmax(z / τ) and dq := dp.
+
+    The sampler is p itself at τ=1, so a reward that is linear in the tokens of one step gets an unbiased gradient.
+    Source: Bengio, Léonard and Courville (2013), arXiv:1308.3432.
+    """
+
+    name = "straight_through"
+    feeds_one_hot = True
+
+    @torch.no_grad()
+    def draw(
+        self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
+    ) -> Support:
+        log_probs = sampler_log_probs(logits, self.truncation)
+        if tokens is None:
+            kept_log_probs, ids, _ = largest(log_probs, self.truncation.top_k)
+            race = kept_log_probs + random.gumbel(self.truncation.top_k, logits.dtype)
+            tokens = ids.gather(-1, race.argmax(-1, keepdim=True)).squeeze(-1)
+        return _given(tokens, log_probs, self.truncation.top_k)
+
+
+@dataclass(frozen=True)
+class GumbelSoftmax(Relaxation):
+    """Mixture of the K best ids of `y = log π + g`: `p = softmax(y / τ)`, `q = p`.
+
+    Its argmax is an exact sample of π. Source: Jang, Gu and Poole (2017), arXiv:1611.01144; Maddison et al. (2017),
+    arXiv:1611.00712.
+    """
+
+    name = "gumbel_softmax"
+    feeds_one_hot = False
+
+    @torch.no_grad()
+    def draw(
+        self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
+    ) -> Support:
+        log_probs = sampler_log_probs(logits, self.truncation)
+        if tokens is None:
+            perturbed = log_probs + random.gumbel(logits.shape[-1], logits.dtype)
+        else:
+            perturbed = gumbel_posterior(log_probs, tokens, random)
+        values, ids, kept = largest(perturbed, self.truncation.top_k)
+        # The noise goes onto raw logits in the replay, hence y − z and not y − log π: the constant drops out.
+        noise = (values - logits.gather(-1, ids)).masked_fill(~kept, 0.0)
+        return Support(ids, noise, kept, torch.zeros_like(ids[..., 0]))
+
+    def perturbed(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
+        return kept_logits + support.noise
+
+
+@dataclass(frozen=True)
+class StraightThroughGumbel(GumbelSoftmax):
+    """Forward an ordinary sample of π, backward the Jacobian of `softmax((z + g) / τ)`.
+
+    The forward pass is any sampler's: pass its tokens to `draw` and the noise comes from the Gumbel posterior. Biased
+    even for rewards that are linear in the token. Source: Jang, Gu and Poole (2017), arXiv:1611.01144, section 2.2.
+    """
+
+    name = "st_gumbel"
+    feeds_one_hot = True
+
+
+RELAXATIONS: dict[str, type[Relaxation]] = {
+    relaxation.name: relaxation
+    for relaxation in (SoftmaxMixture, GumbelSoftmax, StraightThrough, StraightThroughGumbel)
+}
+
+
+def make_relaxation(
+    name: str,
+    truncation: Truncation,
+    temperature: float = 1.0,
+    max_entropy_nats: float | None = None,
+    detach_temperature: bool = False,
+) -> Relaxation:
+    """The relaxation of that name; ValueError lists the names there are."""
+    if name not in RELAXATIONS:
+        raise ValueError(f"relaxation must be one of {sorted(RELAXATIONS)}, got {name!r}")
+    return RELAXATIONS[name](truncation, temperature, max_entropy_nats, detach_temperature)

@@ -1,0 +1,85 @@
+"""The records that the rooms hand to each other: frozen dataclasses, a shape for every field.
+
+Axes, for the whole project: B prompts, G samples a prompt, N = B * G sequences, P prompt tokens, T steps, K kept
+tokens a step, V vocabulary, D width. `p` are the weights that are differentiated, `q` the weights that are fed back
+and scored; their derivative is taken to be the same (dq := dp).
+"""
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Left-padded prompts, one row a prompt."""
+
+    ids: Int[Tensor, "B P"]
+    mask: Bool[Tensor, "B P"]
+
+    def repeated(self, num_samples: int) -> "Prompts":
+        """Every prompt `num_samples` times in a row, so that the samples of a prompt are neighbours."""
+        return Prompts(self.ids.repeat_interleave(num_samples, 0), self.mask.repeat_interleave(num_samples, 0))
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a step draws and what stays constant thereafter: the kept ids, the noise on them and the hard choice.
+
+    `noise` is in nats and added to the kept logits; `kept` is False where nucleus rules removed one of the K ids
+    (its weight is then zero: truncation masks weights, never ids); `choice` indexes the K axis.
+    """
+
+    ids: Int[Tensor, "*batch K"]
+    noise: Float[Tensor, "*batch K"]
+    kept: Bool[Tensor, "*batch K"]
+    choice: Int[Tensor, "*batch"]
+
+    def tokens(self) -> Int[Tensor, "*batch"]:
+        """The hard token of every step."""
+        return self.ids.gather(-1, self.choice[..., None]).squeeze(-1)
+
+    def at(self, *index: slice | int) -> "Support":
+        """The same record at an index of its batch axes."""
+        return Support(self.ids[index], self.noise[index], self.kept[index], self.choice[index])
+
+
+@dataclass(frozen=True)
+class SoftTokens:
+    """Probability-weighted mixtures of tokens, sparse on K ids a step.
+
+    `mask` is True on real tokens, up to and including the end-of-sequence token, and False after it.
+    """
+
+    ids: Int[Tensor, "N T K"]
+    weights: Float[Tensor, "N T K"]
+    mask: Bool[Tensor, "N T"]
+
+    def with_weights(self, weights: Float[Tensor, "N T K"]) -> "SoftTokens":
+        """The same tokens with other weights, for instance a leaf that gradients are taken for."""
+        return replace(self, weights=weights)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Phase 1: what a policy generated, with all that the gradient phases need in order to replay it.
+
+    `weights` are the recorded p, `fed` the recorded q; neither carries a graph.
+    """
+
+    prompts: Prompts  # one row a sequence: already repeated
+    support: Support  # batch axes N, T
+    weights: Float[Tensor, "N T K"]
+    fed: Float[Tensor, "N T K"]
+    mask: Bool[Tensor, "N T"]
+
+    @property
+    def soft_tokens(self) -> SoftTokens:
+        """What is fed back and scored."""
+        return SoftTokens(self.support.ids, self.fed, self.mask)
+
+    @property
+    def tokens(self) -> Int[Tensor, "N T"]:
+        """The hard token of every step; meaningless where the mask is False."""
+        return self.support.tokens()

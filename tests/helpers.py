@@ -1,0 +1,144 @@
+"""Tiny random models, rewards and prompts for unit tests, and the lists that parametrised tests go through.
+
+Everything is float64 and built from configurations: nothing is downloaded. Every parameter is redrawn at a scale at
+which feedback paths matter; with the default initialisation they would be invisible beside the direct ones.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from softrl.models.gru import GRUConfig, GRUForCausalLM
+from softrl.tokens.noise import SequenceRandom
+from softrl.tokens.relaxation import RELAXATIONS, Relaxation
+from softrl.tokens.truncation import Truncation
+from softrl.types import Prompts, SoftTokens
+
+V = 23
+EOS = 1
+
+
+def _redraw(model: nn.Module, seed: int, scale: float) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    # nn.Embedding drops the pad row's gradient; finite differences would see it where a soft token keeps that id.
+    model.get_input_embeddings().padding_idx = None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or name.endswith("bias"):
+                parameter.normal_(0.0, scale, generator=generator)
+    return model
+
+
+def with_float64_norms(model: nn.Module) -> nn.Module:
+    """Llama's and Mamba's RMSNorm compute in float32 whatever they are given; these compute in float64."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ in ("LlamaRMSNorm", "MambaRMSNorm"):
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model
+
+
+def llama(seed: int = 0, tied: bool = True) -> nn.Module:
+    """Two layers, grouped keys: four heads on two key-value heads."""
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+        bos_token_id=0, eos_token_id=EOS, pad_token_id=2,
+    )  # fmt: skip
+    return _redraw(LlamaForCausalLM(config), seed, 0.4)
+
+
+def gpt2(seed: int = 0, tied: bool = True) -> nn.Module:
+    """Learned absolute positions, biases everywhere."""
+    config = GPT2Config(
+        vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied,
+        bos_token_id=0, eos_token_id=EOS, pad_token_id=2,
+    )  # fmt: skip
+    return _redraw(GPT2LMHeadModel(config), seed, 0.4)
+
+
+def gru(seed: int = 0, tied: bool = True) -> nn.Module:
+    """A recurrent state instead of keys and values."""
+    config = GRUConfig(vocab_size=V, hidden_size=12, num_hidden_layers=2, tie_word_embeddings=tied)
+    return _redraw(GRUForCausalLM(config), seed, 0.7)
+
+
+def mamba(seed: int = 0, tied: bool = True) -> nn.Module:
+    """A state-space model, whose state transformers updates in place; its norms in float64, where stock ones round."""
+    config = MambaConfig(
+        vocab_size=V, hidden_size=12, state_size=4, num_hidden_layers=2, intermediate_size=24, time_step_rank=4,
+        tie_word_embeddings=tied, residual_in_fp32=False, bos_token_id=0, eos_token_id=EOS, pad_token_id=2,
+    )  # fmt: skip
+    return with_float64_norms(_redraw(MambaForCausalLM(config), seed, 0.4))
+
+
+def gemma3(seed: int = 0, tied: bool = True) -> nn.Module:
+    """Scales embeddings inside their module, caps logits, and slides a window over every other layer."""
+    config = Gemma3TextConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=4, tie_word_embeddings=tied,
+        layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=3.0,
+        bos_token_id=0, eos_token_id=EOS, pad_token_id=2,
+    )  # fmt: skip
+    return _redraw(Gemma3ForCausalLM(config), seed, 0.4)
+
+
+ALL_MODELS = {"llama": llama, "gpt2": gpt2, "gru": gru, "mamba": mamba, "gemma3": gemma3}
+REPLAYABLE_MODELS = ("llama", "gpt2", "gru", "gemma3")
+ALL_RELAXATIONS = tuple(RELAXATIONS)
+
+
+def relaxation_of(name: str, top_k: int = 7, **settings: float) -> Relaxation:
+    """A relaxation with a nucleus rule that really removes kept ids."""
+    return RELAXATIONS[name](Truncation(top_k=top_k, min_p=settings.pop("min_p", 0.02)), **settings)
+
+
+def prompts(num_prompts: int = 3, length: int = 5, seed: int = 1) -> Prompts:
+    """Left-padded prompts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, V, (num_prompts, length), generator=generator)
+    padding = torch.arange(num_prompts) % (length - 1)
+    mask = torch.arange(length)[None] >= padding[:, None]
+    return Prompts(ids.masked_fill(~mask, 2), mask)
+
+
+def random_for(num_sequences: int, step: int = 0) -> SequenceRandom:
+    """Streams of `num_sequences` different prompts."""
+    return SequenceRandom.keyed(7, step, list(range(num_sequences)), 1)
+
+
+class PairReward:
+    """Non-linear in every token and across neighbours: `tanh(mean u·q) + Σ_t (u·q_t)(v·q_{t+1})`."""
+
+    name = "pair"
+    vocab_size = V
+
+    def __init__(self, seed: int = 5):
+        generator = torch.Generator().manual_seed(seed)
+        self.first, self.second = torch.randn(2, V, generator=generator, dtype=torch.float64)
+
+    def soft(self, tokens: SoftTokens, **columns: Sequence) -> Tensor:
+        """R of soft tokens, shape (N,)."""
+        present = tokens.mask.to(tokens.weights.dtype)
+        first = (tokens.weights * self.first[tokens.ids]).sum(-1) * present
+        second = (tokens.weights * self.second[tokens.ids]).sum(-1) * present
+        pairs = (first[:, :-1] * second[:, 1:]).sum(-1)
+        return torch.tanh(first.sum(-1) / present.sum(-1)) + pairs
+
+    def hard(self, ids: Tensor, mask: Tensor, **columns: Sequence) -> Tensor:
+        """R of hard tokens, shape (N,)."""
+        return self.soft(SoftTokens(ids[..., None], torch.ones(*ids.shape, 1, dtype=torch.float64), mask))
