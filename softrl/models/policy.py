@@ -87,6 +87,10 @@ class Policy:
             raise TypeError(f"{name} has no output embeddings (lm_head), so it gives no logits to sample from")
         return accepted
 
+    def at_temperature(self, temperature: float) -> "Policy":
+        """The same model with another sampling temperature."""
+        return Policy(self.model, temperature, self.norm_correction, self.context)
+
     @property
     def vocab_size(self) -> int:
         """V, the number of logits."""
@@ -254,7 +258,8 @@ def check_policy(policy: Policy, relative_tolerance: float = 1e-3) -> None:
     ids = torch.tensor([[0, min(1, policy.vocab_size - 1)]], device=embedding.weight.device)
     prompts = Prompts(ids[:, :1], torch.ones_like(ids[:, :1], dtype=torch.bool))
     with evaluating(policy.causal_lm):
-        hidden = policy.hidden(prompts, policy.embed(ids))
+        not_fed = ids[:, 1:]  # `hidden` does not feed its last embedding
+        hidden = policy.hidden(prompts, policy.embed(torch.cat([ids[:, 1:], not_fed], 1)))
         ours = policy.head(hidden[0, 1:]) * policy.temperature
         theirs = policy.causal_lm(input_ids=ids).logits[0, -1:].to(ours.dtype)
     difference = ((ours - theirs).norm() / theirs.norm()).item()
@@ -266,21 +271,26 @@ def check_policy(policy: Policy, relative_tolerance: float = 1e-3) -> None:
         )
 
 
-@contextmanager
-def evaluating(model: nn.Module, checkpointed: bool = False) -> Iterator[None]:
-    """Switch a model to evaluation for a while: dropout is off in all three phases.
+def evaluation_mode(model: nn.Module, checkpointed: bool = False) -> None:
+    """Switch a model to evaluation: dropout is off in all three phases.
 
     Args:
         model: any module.
-        checkpointed: leave only the layers that implement gradient checkpointing in training mode, which is what
+        checkpointed: leave the layers that implement gradient checkpointing in training mode, which is what
             transformers' switch for it looks at; their children, dropout among them, are in evaluation mode.
     """
-    before = {module: module.training for module in model.modules()}
     model.eval()
     if checkpointed:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         yield
     finally:

@@ -18,9 +18,10 @@ from softrl.objectives.divergences import entropy, kl_divergence
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """Per position: logits of the kept ids, entropy of the policy, and KL to the reference (zero without one)."""
+    """Per position: logits of the kept ids, their log normaliser over V, entropy, KL to the reference (0 without)."""
 
     kept_logits: Float[Tensor, "N T K"]
+    log_normalizer: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]
     kl: Float[Tensor, "N T"]
 
@@ -70,14 +71,15 @@ def _chunk(
     ids: Int[Tensor, "M K"],
     reference: Policy | None,
     reference_hidden: Float[Tensor, "M E"] | None,
-) -> tuple[Float[Tensor, "M K"], Float[Tensor, "M"], Float[Tensor, "M"]]:
+) -> tuple[Float[Tensor, "M K"], Float[Tensor, "M"], Float[Tensor, "M"], Float[Tensor, "M"]]:
     logits = policy.head(hidden)
-    log_probs = logits.log_softmax(-1)
+    log_normalizer = logits.logsumexp(-1)
+    log_probs = logits - log_normalizer[:, None]
     if reference is None or reference_hidden is None:
         kl = torch.zeros_like(log_probs[:, 0])
     else:
         kl = kl_divergence(log_probs, reference.head(reference_hidden).log_softmax(-1))
-    return logits.gather(-1, ids), entropy(log_probs), kl
+    return logits.gather(-1, ids), log_normalizer, entropy(log_probs), kl
 
 
 def token_outputs(
@@ -95,7 +97,7 @@ def token_outputs(
         ids: kept ids.
         reference: π_ref, with its hidden states at the same positions; both or neither.
     Returns:
-        Kept logits at the sampling temperature, entropy and KL, differentiable in the hidden states and parameters.
+        Kept logits at the sampling temperature and the rest, differentiable in the hidden states and parameters.
     """
     num_sequences, num_steps, num_kept = ids.shape
     flat_hidden, flat_ids = hidden.flatten(0, 1), ids.flatten(0, 1)
@@ -109,6 +111,8 @@ def token_outputs(
         checkpoint(_chunk, policy, piece, ids_piece, reference, reference_piece, use_reentrant=False)
         for piece, ids_piece, reference_piece in zip(hidden_pieces, id_pieces, reference_pieces, strict=True)
     ]
-    kept, entropies, kls = (torch.cat(parts) for parts in zip(*results, strict=True))
+    kept, normalizers, entropies, kls = (torch.cat(parts) for parts in zip(*results, strict=True))
     shape = (num_sequences, num_steps)
-    return TokenOutputs(kept.view(*shape, num_kept), entropies.view(shape), kls.view(shape))
+    return TokenOutputs(
+        kept.view(*shape, num_kept), normalizers.view(shape), entropies.view(shape), kls.view(shape)
+    )

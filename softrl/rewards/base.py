@@ -144,3 +144,43 @@ def _depends_on(result: Tensor, source: Tensor) -> bool:
             return True
         to_visit.extend(following for following, _ in node.next_functions)
     return False
+
+
+class WeightedRewards:
+    """The weighted sum of several rewards, itself a reward.
+
+    Args:
+        rewards: at least one.
+        weights: one number a reward; 1 each if left out.
+    Raises:
+        ValueError: no reward, or another number of weights than of rewards.
+    """
+
+    def __init__(self, rewards: list[Reward], weights: list[float] | None = None):
+        if not rewards:
+            raise ValueError("reward_funcs is empty; pass at least one reward")
+        self.rewards = rewards
+        self.weights = [1.0] * len(rewards) if weights is None else weights
+        if len(self.weights) != len(rewards):
+            raise ValueError(
+                f"reward_weights has {len(self.weights)} numbers for {len(rewards)} rewards; give one a reward"
+            )
+        self.name = "+".join(reward.name for reward in rewards)
+        self.vocab_size = next((reward.vocab_size for reward in rewards if reward.vocab_size is not None), None)
+
+    def soft(self, tokens: SoftTokens, **columns: Any) -> Float[Tensor, "N"]:
+        """Weighted sum of the soft faces."""
+        return self._weighted([checked_soft(reward, tokens, **columns) for reward in self.rewards])
+
+    def hard(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any) -> Float[Tensor, "N"]:
+        """Weighted sum of the hard faces."""
+        return self._weighted(self.hard_each(ids, mask, **columns))
+
+    def hard_each(
+        self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any
+    ) -> list[Float[Tensor, "N"]]:
+        """The hard face of every reward, unweighted."""
+        return [checked_hard(reward, ids, mask, **columns) for reward in self.rewards]
+
+    def _weighted(self, values: list[Tensor]) -> Tensor:
+        return torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)]).sum(0)

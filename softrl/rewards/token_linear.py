@@ -105,11 +105,11 @@ class TokenLinearReward(nn.Module):
         """The weight of each id; ids of masked steps may be anything."""
         vocab_size = cast(int, self.vocab_size)
         ids = ids.masked_fill(~mask, 0)
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab_size):
-            outside = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if outside.numel():
             raise ValueError(
-                f"token id {outside} is outside the {vocab_size} ids of reward {self.name!r}: the vocabularies of "
-                "policy and reward differ"
+                f"token id {int(outside[0])} is outside the {vocab_size} ids of reward {self.name!r}: "
+                "the vocabularies of policy and reward differ"
             )
         precision = torch.promote_types(dtype, torch.float32)
         return self.weight.to(device=ids.device, dtype=precision)[ids]

@@ -1,0 +1,6 @@
+"""Trainers on top of TRL; a `<name>_config.py` beside each `<name>_trainer.py`."""
+
+from softrl.trainers.soft_rollout_config import SoftRolloutConfig
+from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
+
+__all__ = ["SoftRolloutConfig", "SoftRolloutTrainer"]

@@ -1,0 +1,126 @@
+"""What a run shows at its end: a table before and after, completions side by side, curves over steps."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from softrl.assets import write_atomically
+from softrl.trainers.evaluation import Sample, summary
+
+_ROWS = (
+    ("reward/hard", "reward (hard, trained on)", "{:.3f}", "reward_se"),
+    ("judge", "judge (never trained on)", "{:.3f}", "judge_se"),
+    ("kl", "KL to base, nats a token", "{:.3f}", None),
+    ("kl_completion", "KL to base, nats a completion", "{:.2f}", None),
+    ("base_perplexity", "perplexity under the base", "{:.1f}", None),
+    ("distinct_1", "distinct-1", "{:.3f}", None),
+    ("distinct_2", "distinct-2", "{:.3f}", None),
+    ("completions/mean_length", "tokens a completion", "{:.1f}", None),
+)
+
+
+def paired_change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Mean of after − before over the same prompts, and its standard error."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    count = len(differences)
+    mean = sum(differences) / count
+    if count < 2:
+        return mean, float("nan")
+    variance = sum((value - mean) ** 2 for value in differences) / (count - 1)
+    return mean, (variance / count) ** 0.5
+
+
+def before_after_table(before: list[Sample], after: list[Sample]) -> Table:
+    """Metrics of the same held-out prompts before and after training; changes with their standard errors."""
+    table = Table(title=f"{len(after)} held-out prompts, sampled completions", title_justify="left")
+    table.add_column("")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    old, new = summary(before), summary(after)
+    values = {"reward/hard": [[s.reward for s in samples] for samples in (before, after)]}
+    if "judge" in new:
+        values["judge"] = [[s.judge for s in samples] for samples in (before, after)]
+    for key, label, form, error in _ROWS:
+        if key not in new:
+            continue
+        cells = [form.format(metrics[key]) + (f" ± {metrics[error]:.3f}" if error else "") for metrics in (old, new)]
+        change = ""
+        if key in values:
+            mean, standard_error = paired_change(*values[key])
+            change = f"{mean:+.3f} ± {standard_error:.3f}"
+        table.add_row(label, *cells, change)
+    return table
+
+
+def completions_table(before: list[Sample], after: list[Sample], count: int = 5) -> Table:
+    """The first few prompts with their completions before and after."""
+    table = Table(title="completions (sampled, not selected)", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=2)
+    table.add_column("before", ratio=4)
+    table.add_column("after", ratio=4)
+    for old, new in list(zip(before, after, strict=True))[:count]:
+        cells = [f"{' '.join(sample.completion.split())} [{sample.reward:.2f}]" for sample in (old, new)]
+        table.add_row(new.prompt.replace("[", r"\["), *(cell.replace("[", r"\[") for cell in cells))
+    return table
+
+
+def print_report(before: list[Sample], after: list[Sample]) -> None:
+    """Both tables, on standard output."""
+    console = Console()
+    console.print(before_after_table(before, after))
+    console.print("± is one standard error over prompts; the change is paired by prompt.")
+    console.print(completions_table(before, after))
+    console.print(r"\[number]: hard reward of the completion.")
+
+
+def save_samples(samples: list[Sample], path: Path) -> None:
+    """Completions and their numbers as JSON."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps([asdict(sample) for sample in samples], indent=1), encoding="utf-8")
+
+
+def load_samples(path: Path) -> list[Sample]:
+    """Read what `save_samples` wrote."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Sample(**{**row, "tokens": tuple(row["tokens"])}) for row in rows]
+
+
+def plot_training(log_history: list[dict[str, float]], path: Path) -> None:
+    """Reward, judge, gap and KL over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in log_history if "reward/hard" in row]
+    steps = [row["step"] for row in rows]
+    panels = (
+        ("reward and judge", (("reward/hard", "hard reward"), ("reward/soft", "soft reward"), ("judge", "judge"))),
+        ("gap, soft − hard reward", (("reward/gap", "gap"),)),
+        ("KL to base, nats a token", (("kl", "KL"),)),
+        ("seconds a step", (
+            ("step_time/rollout", "rollout"),
+            ("step_time/cotangents", "cotangents"),
+            ("step_time/surrogate", "surrogate"),
+        )),
+    )  # fmt: skip
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    for axis, (title, curves) in zip(axes.flat, panels, strict=True):
+        for key, label in curves:
+            points = [(step, row[key]) for step, row in zip(steps, rows, strict=True) if key in row]
+            if points:
+                # the hard and the soft reward coincide under straight-through: dashes keep both visible
+                axis.plot(*zip(*points, strict=True), label=label, linestyle="--" if key == "reward/soft" else "-")
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend()
+    axes.flat[1].axhline(0.0, color="grey", linewidth=0.8)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
