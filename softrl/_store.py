@@ -138,9 +138,12 @@ def discard(name: str) -> None:
 
 
 def is_current(folder: Path, inputs: Mapping[str, Any]) -> bool:
-    """Whether the folder is complete and was made from these inputs."""
+    """Whether the folder was made from these inputs and has every file at its size; files added to it do not count."""
     card = read_card(folder)
-    return card.get("inputs") == json.loads(json.dumps(inputs)) and card.get("files") == _sizes(folder)
+    if card.get("inputs") != json.loads(json.dumps(inputs)):
+        return False
+    found = _sizes(folder)
+    return all(found.get(name) == size_bytes for name, size_bytes in card["files"].items())
 
 
 def read_card(folder: Path) -> dict[str, Any]:

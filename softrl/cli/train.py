@@ -94,7 +94,9 @@ def unknown_key(key: str, known: list[str], source: str) -> str:
     """The message for a key that no dataclass has."""
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`softrl train --help` lists all keys"
-    return f"unknown key {key!r} on the {source}: {hint}" if source != "recipe" else f"unknown recipe key {key!r}: {hint}"
+    return (
+        f"unknown key {key!r} on the {source}: {hint}" if source != "recipe" else f"unknown recipe key {key!r}: {hint}"
+    )
 
 
 def find_recipe(name: str) -> Path:
@@ -114,7 +116,9 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"no recipe {name!r}: it is neither a file nor one of {shipped}")
 
 
-def build_trainer(arguments: TrainArguments, training_args: "SoftRolloutConfig", model_args: Any) -> "SoftRolloutTrainer":
+def build_trainer(
+    arguments: TrainArguments, training_args: "SoftRolloutConfig", model_args: Any
+) -> "SoftRolloutTrainer":
     """The trainer that a recipe describes."""
     from transformers import AutoTokenizer
     from trl import get_peft_config

@@ -162,7 +162,10 @@ def _pulled_to_hidden(
 
 def _flat(support: Support) -> Support:
     return Support(
-        support.ids.flatten(0, 1), support.noise.flatten(0, 1), support.kept.flatten(0, 1), support.choice.flatten(0, 1)
+        support.ids.flatten(0, 1),
+        support.noise.flatten(0, 1),
+        support.kept.flatten(0, 1),
+        support.choice.flatten(0, 1),
     )
 
 
@@ -247,7 +250,7 @@ class _ClippedEdge(torch.autograd.Function):
         return embeds.clone()
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return _clipped(grad, ctx.bound), None
 
 
@@ -284,7 +287,6 @@ def _autograd(
         total = objective(torch.stack(fed, 1), torch.stack(hidden, 1)).sum()
     grads = torch.autograd.grad(total, weights + embeds, allow_unused=True)
     filled = [
-        torch.zeros_like(value) if grad is None else grad
-        for value, grad in zip(weights + embeds, grads, strict=True)
+        torch.zeros_like(value) if grad is None else grad for value, grad in zip(weights + embeds, grads, strict=True)
     ]
     return Cotangents(torch.stack(filled[:num_steps], 1), torch.stack(filled[num_steps:], 1), 0.0, 1)

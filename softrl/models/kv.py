@@ -8,6 +8,8 @@ Left out: sliding-window layers keep all their keys (the mask hides the old ones
 need to.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,7 +29,7 @@ class _Splice(torch.autograd.Function):
         return recorded.detach()[:, :, : slot + 1]
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         index = ctx.slot - ctx.first_slot
         ctx.cotangents[:, :, :index] += grad[:, :, ctx.first_slot : ctx.slot]
         total = grad[:, :, ctx.slot :] + ctx.cotangents[:, :, index : index + 1].to(grad.dtype)
@@ -52,7 +54,9 @@ class RecordedLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(*value_states.shape[:2], self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if self.first_slot is not None:
             keys = _Splice.apply(key_states, self.keys, self.key_cotangents, self.length, self.first_slot)
             values = _Splice.apply(value_states, self.values, self.value_cotangents, self.length, self.first_slot)
@@ -108,7 +112,9 @@ class GrowingLayer(CacheLayerMixin):
         self.keys, self.values = key_states, value_states
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         else:
@@ -141,25 +147,27 @@ class KVCache(Cache):
     """A transformers cache made of our layers, one for every layer of the model."""
 
     def __init__(self, num_layers: int, capacity: int, growing: bool = False):
-        super().__init__(layers=[GrowingLayer() if growing else RecordedLayer(capacity) for _ in range(num_layers)])
+        layers: list[Any] = [GrowingLayer() if growing else RecordedLayer(capacity) for _ in range(num_layers)]
+        super().__init__(layers=layers)
+        self.ours = layers  # the same objects: the base class types them more widely
 
     def repeat(self, num_samples: int) -> None:
         """Give every sample of a prompt its own copy of the prompt's keys and values."""
-        for layer in self.layers:
+        for layer in self.ours:
             layer.repeat(num_samples)
 
     def start_replay(self, first_slot: int) -> None:
         """See `RecordedLayer.start_replay`."""
-        for layer in self.layers:
+        for layer in self.ours:
             layer.start_replay(first_slot)
 
     def seek(self, slot: int) -> None:
         """The next update recomputes this slot."""
-        for layer in self.layers:
+        for layer in self.ours:
             layer.length = slot
 
 
-def num_key_value_layers(decoder: torch.nn.Module) -> int | None:
+def num_key_value_layers(decoder: Any) -> int | None:
     """How many layers a key-value cache of this decoder has; None when its state is not only keys and values.
 
     transformers' own cache factory is asked, so that a hybrid or a state-space model is recognised whatever its name.

@@ -2,12 +2,13 @@
 
 Works with any transformers causal LM that has a parallel forward over `inputs_embeds`, PEFT adapters included. Token
 embeddings always go through the model's own embedding module: some models scale inside it, and sharding engines only
-gather its weight there. Nothing here builds a [N, T, V] tensor; the head is applied to as many positions as it is given.
+gather its weight there. Nothing here builds a [N, T, V] tensor; the head is applied to as many positions as asked for.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +28,7 @@ def chunk_length(elements_per_item: int) -> int:
     return max(1, _CHUNK_ELEMENTS // elements_per_item)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper (its adapters stay active); other models as they are.
 
     Raises:
@@ -71,8 +72,9 @@ class Policy:
         self.temperature = temperature
         self.norm_correction = norm_correction
         self.context = context
-        self.causal_lm = unwrap(model)
-        self.decoder = self.causal_lm.base_model
+        # Any: to a type checker every attribute of an nn.Module is a Tensor or a Module.
+        self.causal_lm: Any = unwrap(model)
+        self.decoder: Any = self.causal_lm.base_model
         self._accepted = self._check_interface()
 
     def _check_interface(self) -> frozenset[str]:
@@ -309,5 +311,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-

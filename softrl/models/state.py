@@ -5,9 +5,11 @@ own cache (`HostState`) for architectures that keep something else; the last one
 Slots count positions of the padded input: the prompt fills slots 0..P-1, the embedding of token t (from 1) slot P+t-1.
 """
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import LongTensor, Tensor
 from transformers import DynamicCache
 
 from softrl.models.kv import KVCache, num_key_value_layers
@@ -24,7 +26,7 @@ class DecodeState:
 
     replayable = True
 
-    def __init__(self, decoder: nn.Module, prompts: Prompts):
+    def __init__(self, decoder: Any, prompts: Prompts):
         self.decoder = decoder
         self.mask = prompts.mask  # of all slots so far
         self.prompt_length = prompts.mask.shape[1]
@@ -59,7 +61,7 @@ class DecodeState:
 class KeyValueState(DecodeState):
     """Attention keys and values, in our own cache."""
 
-    def __init__(self, decoder: nn.Module, prompts: Prompts, capacity: int, growing: bool = False):
+    def __init__(self, decoder: Any, prompts: Prompts, capacity: int, growing: bool = False):
         super().__init__(decoder, prompts)
         num_layers = num_key_value_layers(decoder)
         assert num_layers is not None
@@ -107,7 +109,7 @@ class KeyValueState(DecodeState):
 class RecurrentState(DecodeState):
     """A recurrent state that the decoder's `step` maps forward as a pure function."""
 
-    def __init__(self, decoder: nn.Module, prompts: Prompts):
+    def __init__(self, decoder: Any, prompts: Prompts):
         super().__init__(decoder, prompts)
         self.recorded: list[Tensor] = []  # the state after the prompt, then after every fed token
         self.leaf: Tensor | None = None
@@ -150,7 +152,7 @@ class HostState(DecodeState):
 
     replayable = False
 
-    def __init__(self, decoder: nn.Module, prompts: Prompts, cache_argument: str):
+    def __init__(self, decoder: Any, prompts: Prompts, cache_argument: str):
         super().__init__(decoder, prompts)
         self.cache = DynamicCache(config=decoder.config)
         self.cache_argument = cache_argument
@@ -159,7 +161,7 @@ class HostState(DecodeState):
     def repeat(self, num_samples: int) -> None:
         super().repeat(num_samples)
         rows = torch.arange(self.mask.shape[0] // num_samples, device=self.mask.device)
-        self.cache.reorder_cache(rows.repeat_interleave(num_samples))
+        self.cache.reorder_cache(cast(LongTensor, rows.repeat_interleave(num_samples)))
 
     def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
         if torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""What a position's hidden state gives: kept logits, entropy, KL to the reference; and the direct terms F made of them.
+"""What a position's hidden state gives: kept logits, entropy, KL to the reference; and the direct terms F.
 
 All full-vocabulary work of a training step is here, in chunks of positions that are recomputed in the backward pass,
 so that no [N, T, V] tensor exists at any time.
@@ -113,6 +113,4 @@ def token_outputs(
     ]
     kept, normalizers, entropies, kls = (torch.cat(parts) for parts in zip(*results, strict=True))
     shape = (num_sequences, num_steps)
-    return TokenOutputs(
-        kept.view(*shape, num_kept), normalizers.view(shape), entropies.view(shape), kls.view(shape)
-    )
+    return TokenOutputs(kept.view(*shape, num_kept), normalizers.view(shape), entropies.view(shape), kls.view(shape))

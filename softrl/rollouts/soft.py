@@ -21,9 +21,13 @@ def check_rollout(policy: Policy, prompts: Prompts, num_steps: int, num_samples:
     """Raise ValueError for prompts and lengths that no rollout can be made of."""
     num_prompts, prompt_length = prompts.ids.shape
     if num_prompts == 0 or prompt_length == 0:
-        raise ValueError(f"prompts: expected at least one prompt of at least one token, got shape {num_prompts, prompt_length}")
+        raise ValueError(
+            f"prompts: expected at least one prompt of at least one token, got shape {num_prompts, prompt_length}"
+        )
     if not prompts.mask[:, -1].all():
-        raise ValueError("prompts: the last position is padding in some row; pad on the left, and leave no prompt empty")
+        raise ValueError(
+            "prompts: the last position is padding in some row; pad on the left, and leave no prompt empty"
+        )
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if len(random) != num_prompts * num_samples:
@@ -31,7 +35,7 @@ def check_rollout(policy: Policy, prompts: Prompts, num_steps: int, num_samples:
     limit = policy.max_length
     if limit is not None and prompt_length + num_steps > limit:
         raise ValueError(
-            f"a prompt of {prompt_length} tokens and {num_steps} generated ones are longer than the model's context of "
+            f"a prompt of {prompt_length} tokens and {num_steps} generated ones exceed the model's context of "
             f"{limit}; shorten the prompts (max_prompt_length) or generate fewer tokens (max_completion_length)"
         )
 

@@ -100,7 +100,7 @@ def plot_training(log_history: list[dict[str, float]], path: Path) -> None:
     steps = [row["step"] for row in rows]
     panels = (
         ("reward and judge", (("reward/hard", "hard reward"), ("reward/soft", "soft reward"), ("judge", "judge"))),
-        ("gap, soft − hard reward", (("reward/gap", "gap"),)),
+        ("gap, soft minus hard reward", (("reward/gap", "gap"),)),
         ("KL to base, nats a token", (("kl", "KL"),)),
         ("seconds a step", (
             ("step_time/rollout", "rollout"),

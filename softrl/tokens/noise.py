@@ -69,7 +69,8 @@ def gumbel_posterior(
         y, shape (N, V); −inf where π is zero. The noise `y − log π` is a constant: never differentiate this draw.
     Raises:
         ValueError: a token has probability zero under `log_probs`.
-    Source: Maddison, Tarlow and Minka (2014), arXiv:1411.0030, truncated Gumbels; Paulus et al. (2021), arXiv:2010.04838.
+    Source: Maddison, Tarlow and Minka (2014), arXiv:1411.0030 (truncated Gumbels); Paulus et al. (2021),
+        arXiv:2010.04838.
     """
     log_probs = log_probs.detach()
     if not torch.isfinite(log_probs.gather(1, tokens[:, None])).all():

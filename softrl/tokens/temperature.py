@@ -32,9 +32,7 @@ def _moments(
     return entropy, (probs * centred.square()).sum(-1)
 
 
-def _solve_inverse_temperature(
-    logits: Float[Tensor, "*batch K"], max_entropy_nats: float
-) -> Float[Tensor, "*batch"]:
+def _solve_inverse_temperature(logits: Float[Tensor, "*batch K"], max_entropy_nats: float) -> Float[Tensor, "*batch"]:
     """Smallest β >= 1 with H(softmax(β z)) <= H_max; rows whose bound cannot be met keep growing β and stop there.
 
     Safeguarded Newton: `dH/dβ = −β Var_p(z)`, and a bisection step whenever Newton leaves the bracket.
@@ -69,12 +67,13 @@ class _EntropyBoundTemperature(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, max_entropy_nats: float) -> Tensor:  # type: ignore[no-untyped-def]
+        logits = logits - logits.amax(-1, keepdim=True)
         inverse = _solve_inverse_temperature(logits, max_entropy_nats)
         ctx.save_for_backward(logits, inverse)
         return 1.0 / inverse
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         logits, inverse = ctx.saved_tensors
         entropy, variance = _moments(logits, inverse)
         log_probs = (logits * inverse[..., None]).log_softmax(-1)
@@ -94,9 +93,7 @@ def check_entropy_bound(max_entropy_nats: float, top_k: int) -> None:
         )
 
 
-def entropy_bound_temperature(
-    logits: Float[Tensor, "*batch K"], max_entropy_nats: float
-) -> Float[Tensor, "*batch"]:
+def entropy_bound_temperature(logits: Float[Tensor, "*batch K"], max_entropy_nats: float) -> Float[Tensor, "*batch"]:
     """Largest temperature <= 1 whose softmax entropy is at most `max_entropy_nats`.
 
     Solves `T = max{t in (0, 1] : H(softmax(z / t)) <= H_max}`.
@@ -140,9 +137,13 @@ def bounded_softmax(
     hopeless = num_largest.to(logits.dtype).log() >= max_entropy_nats
     # A hopeless row would send T to zero; it gets harmless logits instead and its weights are replaced.
     ladder = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device).neg()
-    safe = torch.where(hopeless, ladder, logits)
+    # Differences from the largest logit are exact; multiplied by a large 1/T the logits themselves would round.
+    safe = torch.where(hopeless, ladder, logits - logits.amax(-1, keepdim=True).detach())
     temperature = entropy_bound_temperature(safe, max_entropy_nats)
     if detach_temperature:
         temperature = temperature.detach()  # on request: the weights' own derivative only
-    weights = (safe / temperature[..., None]).softmax(-1)
+    kept = torch.isfinite(safe)
+    # −inf / T would give the temperature a NaN gradient (inf * 0), so it is put back after the division.
+    scaled = safe.masked_fill(~kept, 0.0) / temperature[..., None]
+    weights = scaled.masked_fill(~kept, -torch.inf).softmax(-1)
     return torch.where(hopeless, is_largest.to(logits.dtype) / num_largest, weights)

@@ -75,7 +75,9 @@ class RewardProgressCallback(TrainerCallback):
             return
         if self.bar.disable:
             numbers = "  ".join(f"{label} {value}" for label, value in shown.items())
-            print(f"step {state.global_step:>4}/{state.max_steps}  {numbers}  {logs['step_time']:.1f} s/step", flush=True)
+            print(
+                f"step {state.global_step:>4}/{state.max_steps}  {numbers}  {logs['step_time']:.1f} s/step", flush=True
+            )
         else:
             self.bar.set_postfix(shown)
 

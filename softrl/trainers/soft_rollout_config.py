@@ -1,6 +1,7 @@
 """Configuration of `SoftRolloutTrainer`."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -87,7 +88,7 @@ class SoftRolloutConfig(BaseConfig):
             How many.
     """
 
-    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults of TrainingArguments and TRL that rewards and rollouts want otherwise
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})

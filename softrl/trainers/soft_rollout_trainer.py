@@ -192,7 +192,11 @@ class SoftRolloutTrainer(BaseTrainer):
         return loss
 
     def compute_loss(
-        self, model: nn.Module, inputs: list[dict[str, Any]], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: list[dict[str, Any]],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
         batch = self._batch(inputs, self.args.num_generations)
@@ -207,7 +211,13 @@ class SoftRolloutTrainer(BaseTrainer):
                 )  # fmt: skip
             with self._timed("cotangents"):
                 estimate = pathwise_estimate(
-                    self.policy, rollout, self.relaxation, self.rewards, self.terms, self.adjoint_settings, batch.columns
+                    self.policy,
+                    rollout,
+                    self.relaxation,
+                    self.rewards,
+                    self.terms,
+                    self.adjoint_settings,
+                    batch.columns,
                 )
             # Until the backward pass is over: checkpointed layers are recomputed in it, and must not draw dropout.
             evaluation_mode(unwrapped, checkpointed=self.args.gradient_checkpointing)

@@ -1,4 +1,4 @@
-"""An independent derivative of J: transformers' own forward on the whole prefix at every step, everything in the graph.
+"""An independent derivative of J: transformers' own forward on the whole prefix at every step, all in the graph.
 
 Shares with softrl only the recorded support and the relaxation's weights (which have tests of their own): no cache, no
 cotangents, no chunks, no surrogate.

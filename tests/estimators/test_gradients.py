@@ -96,7 +96,9 @@ def test_norm_correction_is_differentiated(norm_correction, method):
     policy = Policy(policy.model, TEMPERATURE, norm_correction)
     rollout = soft_rollout(policy, prompts(), relaxation, random_for(3), T)
     expected = estimated_gradient(policy, relaxation, terms, rollout, EXACT["autograd"], PairReward())
-    plain = estimated_gradient(Policy(policy.model, TEMPERATURE), relaxation, terms, rollout, EXACT[method], PairReward())
+    plain = estimated_gradient(
+        Policy(policy.model, TEMPERATURE), relaxation, terms, rollout, EXACT[method], PairReward()
+    )
     actual = estimated_gradient(policy, relaxation, terms, rollout, EXACT[method], PairReward())
     assert relative(actual, expected) < 1e-6
     assert relative(plain, expected) > 1e-3
@@ -111,7 +113,9 @@ def test_derivative_against_finite_differences(model_name):
     # Half of the direction is the gradient itself, so that the derivative along it stands out of the rounding.
     random = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
     along = gradient / gradient.norm() + random / random.norm()
-    direction = [piece.view_as(p) for piece, p in zip(along.split([p.numel() for p in parameters]), parameters, strict=True)]
+    direction = [
+        piece.view_as(p) for piece, p in zip(along.split([p.numel() for p in parameters]), parameters, strict=True)
+    ]
 
     def moved(step):
         with torch.no_grad():
@@ -165,7 +169,9 @@ def test_hops_count_feedback_edges():
     objective = PathwiseObjective(policy, rollout, PairReward(), terms, {})
 
     def solved(hops):
-        return solve_cotangents(policy, rollout, relaxation, objective, AdjointSettings("parallel", hops=hops, tol=0.0))
+        return solve_cotangents(
+            policy, rollout, relaxation, objective, AdjointSettings("parallel", hops=hops, tol=0.0)
+        )
 
     exact = solve_cotangents(policy, rollout, relaxation, objective, EXACT["autograd"])
     horizon = rollout.mask.shape[1]
@@ -184,7 +190,9 @@ def test_residual_bounds_the_true_error_here():
     objective = PathwiseObjective(policy, rollout, PairReward(), terms, {})
     exact = solve_cotangents(policy, rollout, relaxation, objective, EXACT["autograd"])
     for hops in range(1, rollout.mask.shape[1]):
-        found = solve_cotangents(policy, rollout, relaxation, objective, AdjointSettings("parallel", hops=hops, tol=0.0))
+        found = solve_cotangents(
+            policy, rollout, relaxation, objective, AdjointSettings("parallel", hops=hops, tol=0.0)
+        )
         assert relative(found.embeds, exact.embeds) < 10 * found.residual
         assert found.sweeps == hops
 

@@ -1,0 +1,186 @@
+"""Relaxations: what they keep, feed and differentiate; samples and posterior noise against their distributions."""
+
+import pytest
+import torch
+from helpers import ALL_RELAXATIONS
+
+from softrl.tokens.embedding import mixture_embedding
+from softrl.tokens.noise import SequenceRandom, gumbel_posterior, sequence_seed
+from softrl.tokens.relaxation import RELAXATIONS, make_relaxation
+from softrl.tokens.truncation import Truncation, nucleus, sampler_log_probs
+
+V = 12
+
+
+def logits_of(rows, seed=0):
+    return torch.randn(1, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).repeat(rows, 1) * 1.5
+
+
+def streams(rows, step=0):
+    return SequenceRandom.keyed(3, step, list(range(rows)), 1)
+
+
+def z_scores(tokens, probs):
+    """Of observed frequencies; |z| > 4.4 in one of 12 has a chance of 1e-4 if the sampler is right."""
+    counts = torch.bincount(tokens, minlength=V).double()
+    expected = len(tokens) * probs
+    return (counts - expected) / (expected * (1 - probs)).clamp(min=1e-9).sqrt()
+
+
+@pytest.mark.parametrize("name", ALL_RELAXATIONS)
+def test_weights_sum_to_one_on_the_kept_support(name):
+    relaxation = make_relaxation(name, Truncation(5, top_p=0.9, min_p=0.05), 0.7)
+    logits = logits_of(50)
+    support = relaxation.draw(logits, streams(50))
+    p = relaxation.weights(logits.gather(-1, support.ids), support)
+    q = relaxation.fed(p, support)
+    torch.testing.assert_close(p.sum(-1), torch.ones(50, dtype=torch.float64))
+    assert (p[~support.kept] == 0).all()
+    assert (nucleus(logits, relaxation.truncation).gather(-1, support.ids) == support.kept).all()
+    assert all(len(set(row)) == 5 for row in support.ids.tolist())
+    if relaxation.feeds_one_hot:
+        assert (q.argmax(-1) == support.choice).all()
+        assert ((q == 0) | (q == 1)).all()
+    else:
+        assert q is p
+        assert (p.argmax(-1) == support.choice).all()
+
+
+@pytest.mark.parametrize("name", ["gumbel_softmax", "st_gumbel"])
+def test_hard_choice_is_a_sample_of_the_policy(name):
+    draws = 20_000
+    relaxation = make_relaxation(name, Truncation(4))
+    logits = logits_of(draws)
+    tokens = relaxation.draw(logits, streams(draws)).tokens()
+    assert z_scores(tokens, logits[0].softmax(-1)).abs().max() < 4.4
+    assert z_scores(tokens, logits[0].mul(0.8).softmax(-1)).abs().max() > 4.4, "another temperature would show"
+
+
+def test_straight_through_samples_its_own_weights():
+    draws = 20_000
+    relaxation = make_relaxation("straight_through", Truncation(4))
+    logits = logits_of(draws)
+    support = relaxation.draw(logits, streams(draws))
+    kept = sampler_log_probs(logits[:1], relaxation.truncation).exp().topk(4)
+    expected = torch.zeros(V, dtype=torch.float64).scatter(0, kept.indices[0], kept.values[0] / kept.values.sum())
+    assert z_scores(support.tokens(), expected).abs().max() < 4.4
+
+
+def test_nucleus_matches_transformers_warpers():
+    from transformers.generation.logits_process import MinPLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(40, V, generator=torch.Generator().manual_seed(2)) * 2
+    for ours, theirs in ((Truncation(1, top_p=0.8), TopPLogitsWarper(0.8)), (Truncation(1, min_p=0.1), MinPLogitsWarper(0.1))):
+        assert (nucleus(logits, ours) == torch.isfinite(theirs(None, logits))).all()
+
+
+def test_posterior_noise_has_the_joint_law_of_gumbel_noise():
+    """Sample the id first, the noise from its posterior: y − log π must be standard Gumbel in every coordinate."""
+    draws = 20_000
+    log_probs = logits_of(draws).log_softmax(-1)
+    tokens = torch.multinomial(log_probs[0].exp(), draws, replacement=True, generator=torch.Generator().manual_seed(0))
+    perturbed = gumbel_posterior(log_probs, tokens, streams(draws))
+    assert (perturbed.argmax(-1) == tokens).all()
+    noise = perturbed - log_probs
+    # mean γ and variance π²/6; z-scores of 12 coordinates and all 66 covariances
+    standard = (noise - 0.57721566) / (torch.pi / 6**0.5)
+    assert (standard.mean(0) * draws**0.5).abs().max() < 4.5
+    assert ((standard.square().mean(0) - 1) * (draws / 4.4) ** 0.5).abs().max() < 4.5  # Var of g² = kurtosis 5.4 − 1
+    covariance = standard.T @ standard / draws - torch.eye(V)
+    covariance.fill_diagonal_(0)
+    assert (covariance * draws**0.5).abs().max() < 4.8
+    # Without the truncation below the winner the coordinates would not be independent of it
+    biased = perturbed.clone()
+    biased[:, 0] += 0.1
+    assert (((biased - log_probs - 0.57721566) / (torch.pi / 6**0.5)).mean(0) * draws**0.5).abs().max() > 4.5
+
+
+@pytest.mark.parametrize("name", ALL_RELAXATIONS)
+def test_given_tokens_become_the_hard_choice(name):
+    relaxation = make_relaxation(name, Truncation(3))
+    logits = logits_of(V)
+    tokens = torch.arange(V)  # rare ones too, which the top three do not hold
+    support = relaxation.draw(logits, streams(V), tokens)
+    assert (support.tokens() == tokens).all()
+    p = relaxation.weights(logits.gather(-1, support.ids), support)
+    assert torch.isfinite(p).all()
+    if name in ("gumbel_softmax", "st_gumbel"):
+        assert (p.argmax(-1) == support.choice).all()
+
+
+def test_posterior_refuses_impossible_tokens_and_large_vocabularies_stay_finite():
+    with pytest.raises(ValueError, match="probability zero under log_probs"):
+        gumbel_posterior(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1]), streams(1))
+    log_probs = (torch.randn(2, 50_000) * 20).log_softmax(-1)
+    perturbed = gumbel_posterior(log_probs, log_probs.argmin(-1), streams(2))
+    assert torch.isfinite(perturbed).all()
+    assert (perturbed.argmax(-1) == log_probs.argmin(-1)).all()
+
+
+def test_linear_reward_has_no_bias_under_straight_through_but_has_one_under_st_gumbel():
+    """E[r·J] by draws against the exact gradient of E_π[r]: z-scores under 4.5 for plain ST, far over it for ST-Gumbel."""
+    draws = 40_000
+    logits = logits_of(1).repeat(draws, 1).requires_grad_()
+    values = torch.linspace(-1, 1, V, dtype=torch.float64).roll(5)
+    pi = logits[0].detach().softmax(-1)
+    exact = pi * (values - (pi * values).sum())
+    worst = {}
+    for name in ("straight_through", "st_gumbel"):
+        relaxation = make_relaxation(name, Truncation(V), 1.0 if name == "straight_through" else 0.5)
+        support = relaxation.draw(logits.detach(), streams(draws))
+        p = relaxation.weights(logits.gather(-1, support.ids), support)
+        (grads,) = torch.autograd.grad((p * values[support.ids]).sum(), logits)
+        error = grads.std(0) / draws**0.5
+        # plain ST's Jacobian does not depend on the draw: its error is rounding
+        worst[name] = ((grads.mean(0) - exact).abs() / error.clamp(min=1e-12)).max().item()
+    assert worst["straight_through"] < 4.5
+    assert worst["st_gumbel"] > 10
+
+
+def test_mixture_embedding_norms():
+    vectors = torch.randn(5, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one_hot = torch.eye(7, dtype=torch.float64)[torch.arange(5)]
+    for correction in ("none", "inverse_l2", "match"):
+        torch.testing.assert_close(mixture_embedding(one_hot, vectors, correction), vectors[torch.arange(5), torch.arange(5)])
+    weights = torch.rand(5, 7, dtype=torch.float64).softmax(-1)
+    plain = (weights[..., None] * vectors).sum(1)
+    torch.testing.assert_close(mixture_embedding(weights, vectors), plain)
+    matched = mixture_embedding(weights, vectors, "match").norm(dim=-1)
+    torch.testing.assert_close(matched, (weights * vectors.norm(dim=-1)).sum(-1))
+    torch.testing.assert_close(mixture_embedding(weights, vectors, "inverse_l2") * weights.norm(dim=-1)[:, None], plain)
+
+
+def test_random_streams_belong_to_sequences_not_to_batches():
+    together = SequenceRandom.keyed(1, 5, [10, 11, 12], 2).gumbel(4, torch.float64)
+    apart = torch.cat([SequenceRandom.keyed(1, 5, [index], 2).gumbel(4, torch.float64) for index in (10, 11, 12)])
+    assert torch.equal(together, apart)
+    assert len({sequence_seed(*key) for key in ((0, 1), (1, 0), (0, 1, 0), (10,), (1, 2, 3))}) == 5
+    assert not torch.equal(together, SequenceRandom.keyed(1, 6, [10, 11, 12], 2).gumbel(4, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"truncation": Truncation(4), "temperature": 0.0}, "relaxation temperature must be positive"),
+        ({"truncation": Truncation(4), "max_entropy_nats": 1.5}, r"\(0, log K\) = \(0, 1.3863\)"),
+        ({"truncation": Truncation(4), "max_entropy_nats": 0.5, "temperature": 0.5}, "leave temperature at 1.0"),
+    ],
+)
+def test_bad_relaxations_are_refused(arguments, message):
+    for relaxation in RELAXATIONS.values():
+        with pytest.raises(ValueError, match=message):
+            relaxation(**arguments)
+
+
+def test_bad_truncations_are_refused():
+    for arguments, message in (
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 2, "top_p": 0.0}, "top_p must lie in"),
+        ({"top_k": 2, "min_p": 1.0}, "min_p must lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Truncation(**arguments)
+    with pytest.raises(ValueError, match="top_k=50 is larger than the vocabulary, V=23"):
+        Truncation(50).check_vocabulary(23)
+    with pytest.raises(ValueError, match="relaxation must be one of"):
+        make_relaxation("gumbel", Truncation(2))
