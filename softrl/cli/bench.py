@@ -11,7 +11,9 @@ def main(argv: list[str]) -> int:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     memory = benchmarks.add_parser("memory", help="memory of the cotangents by method and horizon")
     memory.add_argument("--model", default="smollm2-135m", help="model name or folder (smollm2-135m)")
-    memory.add_argument("--methods", nargs="+", default=["sequential", "autograd"], help="sequential autograd parallel")
+    memory.add_argument(
+        "--methods", nargs="+", default=["sequential", "autograd"], help="sequential autograd parallel"
+    )
     memory.add_argument("--horizons", nargs="+", type=int, default=[16, 64, 256], help="T (16 64 256)")
     memory.add_argument("--sequences", type=int, default=4, help="N (4)")
     memory.add_argument("--output", type=Path, default=Path("runs/memory.csv"), help="CSV (runs/memory.csv)")

@@ -12,7 +12,6 @@ Left out: the blocked form of `parallel`, and acceleration of its sweeps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,7 @@ from softrl.models.state import DecodeState
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Rollout, Support
 
-Method = Literal["sequential", "parallel", "autograd"]
+METHODS = ("sequential", "parallel", "autograd")
 
 # J of every sequence from the fed weights q [N, T, K] and the policy's hidden states [N, T, D], both with a graph.
 Objective = Callable[[Float[Tensor, "N T K"], Float[Tensor, "N T D"]], Float[Tensor, "N"]]
@@ -44,15 +43,15 @@ class AdjointSettings:
         ValueError: unknown method, or a number outside its range; hops together with another method.
     """
 
-    method: Method = "parallel"
+    method: str = "parallel"
     hops: int | None = None
     feedback_discount: float = 1.0
     adjoint_clip: float | None = None
     tol: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
         if self.hops is not None and (self.hops < 0 or self.method != "parallel"):
             raise ValueError(
                 f"hops={self.hops} with method={self.method!r}: hops must be at least 0 and is the number of sweeps "

@@ -70,7 +70,10 @@ def test_nucleus_matches_transformers_warpers():
     from transformers.generation.logits_process import MinPLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(40, V, generator=torch.Generator().manual_seed(2)) * 2
-    for ours, theirs in ((Truncation(1, top_p=0.8), TopPLogitsWarper(0.8)), (Truncation(1, min_p=0.1), MinPLogitsWarper(0.1))):
+    for ours, theirs in (
+        (Truncation(1, top_p=0.8), TopPLogitsWarper(0.8)),
+        (Truncation(1, min_p=0.1), MinPLogitsWarper(0.1)),
+    ):
         assert (nucleus(logits, ours) == torch.isfinite(theirs(None, logits))).all()
 
 
@@ -141,13 +144,17 @@ def test_mixture_embedding_norms():
     vectors = torch.randn(5, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     one_hot = torch.eye(7, dtype=torch.float64)[torch.arange(5)]
     for correction in ("none", "inverse_l2", "match"):
-        torch.testing.assert_close(mixture_embedding(one_hot, vectors, correction), vectors[torch.arange(5), torch.arange(5)])
+        torch.testing.assert_close(
+            mixture_embedding(one_hot, vectors, correction), vectors[torch.arange(5), torch.arange(5)]
+        )
     weights = torch.rand(5, 7, dtype=torch.float64).softmax(-1)
     plain = (weights[..., None] * vectors).sum(1)
     torch.testing.assert_close(mixture_embedding(weights, vectors), plain)
     matched = mixture_embedding(weights, vectors, "match").norm(dim=-1)
     torch.testing.assert_close(matched, (weights * vectors.norm(dim=-1)).sum(-1))
-    torch.testing.assert_close(mixture_embedding(weights, vectors, "inverse_l2") * weights.norm(dim=-1)[:, None], plain)
+    torch.testing.assert_close(
+        mixture_embedding(weights, vectors, "inverse_l2") * weights.norm(dim=-1)[:, None], plain
+    )
 
 
 def test_random_streams_belong_to_sequences_not_to_batches():
