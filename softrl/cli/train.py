@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,8 @@ def parse(argv: list[str], prog: str = "softrl train") -> tuple[TrainArguments, 
     Raises:
         ValueError: the recipe does not exist or is not a mapping, or a key is unknown (the closest one is named).
     """
+    # TRL's own default trips over a renaming in transformers; nothing that a user of softrl could act on.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     parser = make_parser(prog)
     argv = [part for argument in argv for part in _split_equals(argument)]
     if "--config" in argv:

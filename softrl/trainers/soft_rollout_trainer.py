@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class SoftRolloutTrainer(BaseTrainer):
     A step has three phases: a rollout without gradients, cotangents by input-only products on the unwrapped model, and
     one forward and backward of a surrogate through the wrapped one, whose gradient is the estimate. With respect to
     `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_get_train_sampler`, `_prepare_inputs`,
-    `training_step` (timing only), `compute_loss`, `evaluation_loop` and `log`.
+    `training_step` (timing only), `compute_loss`, `evaluation_loop`, `log`, and `_save_checkpoint` (model card).
 
     Example:
 
@@ -297,6 +298,10 @@ class SoftRolloutTrainer(BaseTrainer):
             self._metrics.clear()
             self._seconds.clear()
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card(model_name=Path(self.args.output_dir).name)
+        super()._save_checkpoint(model, trial)
 
     # Evaluation
 

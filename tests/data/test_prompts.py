@@ -10,7 +10,24 @@ from transformers import PreTrainedTokenizerFast
 from softrl.data.prompts import review_openings
 from softrl.data.reviews import load_reviews
 
-WORDS = "a the film plot actor scene was is good bad long dull bright and this movie I saw it with my".split()
+WORDS = [
+    "a",
+    "the",
+    "film",
+    "plot",
+    "actor",
+    "scene",
+    "was",
+    "is",
+    "good",
+    "bad",
+    "long",
+    "dull",
+    "bright",
+    "and",
+    "it",
+]
+SHARED = ["this", "film", "was", "good", "and", "it", "was", "long", "with"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +41,7 @@ def corpus(tmp_path_factory):
         for number in range(3000):
             words = draw.choices(WORDS, k=draw.randint(3, 30))
             if number % 10 == 0:
-                words = "this film was good and it was long with".split() + words
+                words = SHARED + words
             writer.writerow((" ".join([*words, str(number)]), number % 2, "imdb"))
     return path
 
@@ -63,7 +80,7 @@ def test_no_opening_occurs_twice_in_or_across_the_splits(tokenizer, corpus):
     assert len(set(train)) == len(train)
     assert len(set(test)) == len(test)
     assert not set(train) & set(test)
-    shared = [text for text in [*train, *test] if text.startswith("this film was good and it")]
+    shared = [text for text in [*train, *test] if " ".join(SHARED).startswith(text)]
     assert len(shared) == 1
     assert 0.1 < len(test) / (len(train) + len(test)) < 0.3
 

@@ -14,7 +14,7 @@ NUM_IMDB, NUM_SNIPPETS = 3000, 1000
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A CSV in the corpus's format: different texts of two sources, then a duplicate and an empty one."""
-    words = "a the film plot actor scene was is good bad long dull bright and".split()
+    words = ["a", "the", "film", "plot", "actor", "scene", "was", "is", "good", "bad", "long", "dull", "bright", "and"]
     draw = random.Random(0)
     rows = [
         (
@@ -62,16 +62,17 @@ def test_the_parts_are_disjoint_and_together_the_whole_corpus(corpus):
     ]
     assert sorted(found) == sorted(rows)
     assert set(parts["prompts"]["source"]) == {"imdb"}
-    # Five standard deviations of binomials with p = 0.0965 and 0.5; the hash is fixed, so this cannot flicker.
-    assert abs(len(parts["prompts"]) - 0.0965 * NUM_IMDB) < 5 * (0.0965 * 0.9035 * NUM_IMDB) ** 0.5
-    left = len(rows) - len(parts["prompts"])
-    assert abs(len(parts["reward"]) - left / 2) < 5 * (left / 4) ** 0.5
+    # Four standard deviations of binomials with p = 0.0965 and 0.5; the hash is fixed, so this cannot flicker.
+    assert abs(len(parts["prompts"]) - 0.0965 * NUM_IMDB) < 4 * (0.0965 * 0.9035 * NUM_IMDB) ** 0.5
+    left = NUM_IMDB - len(parts["prompts"])
+    in_reward = parts["reward"]["source"].count("imdb")
+    assert abs(in_reward - left / 2) < 4 * (left / 4) ** 0.5
 
 
 def test_the_split_is_the_same_on_every_machine():
     """From `printf 'prompts\\na review' | sha256sum`, its first 48 bits; Python's own hash is salted."""
-    assert unit_hash("a review", "prompts") == 0x6CA1424BC8F0 / 2**48
-    assert unit_hash("a review", "halves") == 0xF197DAF4CC20 / 2**48
+    assert unit_hash("a review", "prompts") == 0x6CA1421F9604 / 2**48
+    assert unit_hash("a review", "halves") == 0xF198254F405D / 2**48
 
 
 def test_an_unknown_part(corpus):

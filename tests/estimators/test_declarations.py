@@ -1,6 +1,6 @@
 """Each estimator's declaration `unbiased_for`, measured draw by draw.
 
-"soft": for the noise drawn, the estimate is the derivative of J, so over draws it is unbiased for the derivative of the
+"soft": for the noise drawn the estimate is the derivative of J, so over draws it is unbiased for the derivative of the
 expected J. The truth is a central difference of J with common noise, the rollout generated anew at displaced
 parameters. A planted bias of 5% and every estimator declared None must fail the same bound.
 """

@@ -124,8 +124,8 @@ def test_sequential_says_where_it_does_not_work():
 
     with pytest.raises(ValueError, match=r"MambaForCausalLM keeps neither. Use method='parallel'"):
         solve_cotangents(policy, rollout, relaxation, objective, AdjointSettings("sequential"))
+    state = policy.begin(prompts(), 1, 3)[1]
     with pytest.raises(RuntimeError, match=r"not differentiable.*method='parallel'"):
-        state = policy.begin(prompts(), 1, 3)[1]
         policy.advance(state, torch.zeros(3, 1, 12, dtype=torch.float64))
 
 

@@ -121,7 +121,7 @@ def test_posterior_refuses_impossible_tokens_and_large_vocabularies_stay_finite(
 
 
 def test_linear_reward_has_no_bias_under_straight_through_but_has_one_under_st_gumbel():
-    """E[r·J] by draws against the exact gradient of E_π[r]: z-scores under 4.5 for plain ST, far over it for ST-Gumbel."""
+    """E[r·J] by draws against the exact gradient of E_π[r]: z under 4.5 for plain ST, far over it for ST-Gumbel."""
     draws = 40_000
     logits = logits_of(1).repeat(draws, 1).requires_grad_()
     values = torch.linspace(-1, 1, V, dtype=torch.float64).roll(5)

@@ -1,0 +1,90 @@
+"""Parsing recipes and command lines: names, overrides, and errors that say what to do."""
+
+import pytest
+
+from softrl.cli.train import checkpoint_to_resume, find_recipe, load_judge, load_prompts, load_reward, main, parse
+
+pytestmark = pytest.mark.slow  # imports trl
+
+
+def test_quickstart_recipe_is_found_by_name_and_overridden(tmp_path):
+    arguments, training, model = parse(
+        ["--config", "quickstart", "--max_steps", "3", "--output_dir", str(tmp_path), "--reward_funcs", "a.b", "c.d"]
+    )
+    assert training.max_steps == 3
+    assert training.relaxation == "st_gumbel"
+    assert arguments.reward_funcs == ["a.b", "c.d"]
+    assert model.model_name_or_path == "smollm2-135m"
+    assert model.use_peft is True
+
+
+def test_every_shipped_recipe_parses():
+    folder = find_recipe("quickstart").parent
+    recipes = sorted(folder.rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "extra", "message"),
+    [
+        ("learnng_rate: 1.0e-3", [], "unknown recipe key 'learnng_rate': did you mean 'learning_rate'"),
+        ("max_entropy: 0.5", [], "unknown recipe key 'max_entropy': did you mean 'max_entropy_nats'"),
+        (
+            "beta: 0.1",
+            ["--relaxatoin", "softmax"],
+            "unknown key 'relaxatoin' on the command line: did you mean 'relaxation'",
+        ),
+        ("- beta", [], "must contain a YAML mapping"),
+        ("top_k: 0", [], "top_k must be at least 1"),
+        ("max_entropy_nats: 9.0", [], r"max_entropy_nats must lie in \(0, log K\)"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path, capsys, recipe, extra, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe + "\n")
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(path), *extra])
+    assert main(["--config", str(path), *extra]) == 2
+    assert capsys.readouterr().err.startswith("softrl train: ")
+
+
+def test_missing_things_are_named(tmp_path, capsys):
+    assert main(["--config", "nothing"]) == 2
+    assert "no recipe 'nothing'" in capsys.readouterr().err
+    assert main(["--config"]) == 2
+    assert "--config needs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is neither 'sentiment', a file, nor a dotted path"):
+        load_reward("sentimnt", "smollm2-135m")
+    with pytest.raises(ValueError, match=r"judge: cannot import 'no_such_module\.judge'"):
+        load_judge("no_such_module.judge")
+    assert load_judge("none") is None
+
+
+def test_resuming_needs_a_checkpoint(tmp_path):
+    for wanted, message in (("latest", "holds no checkpoint"), (str(tmp_path / "x"), "is not a folder")):
+        _, training, _ = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", wanted])
+        with pytest.raises(ValueError, match=message):
+            checkpoint_to_resume(training)
+    (tmp_path / "checkpoint-7").mkdir()
+    _, training, _ = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
+    assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-7")
+
+
+def test_prompts_from_a_text_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(40)))
+    arguments, _, _ = parse(["--dataset_name", str(path), "--num_eval_prompts", "10", "--num_train_prompts", "20"])
+    train, test = load_prompts(arguments, None)
+    assert (len(train), len(test)) == (20, 10)
+    assert not set(train["prompt"]) & set(test["prompt"])
+
+
+def test_a_saved_reward_is_a_reward_name(tmp_path):
+    import torch
+
+    from softrl.rewards.token_linear import TokenLinearReward
+
+    TokenLinearReward(torch.arange(5.0), 0.5).save(tmp_path / "reward.safetensors")
+    assert torch.equal(load_reward(str(tmp_path / "reward.safetensors"), "any").weight, torch.arange(5.0))
