@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+from filelock import FileLock, Timeout
+
 CARD = "card.json"
 TOTAL_MB = 600  # what all pieces need while they are being made, rounded up; 400 MB stay
 
@@ -43,8 +46,6 @@ def cache_dir() -> Path:
     chosen = os.environ.get("SOFTRL_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
-    import platformdirs
-
     return Path(platformdirs.user_cache_dir("softrl"))
 
 
@@ -129,11 +130,16 @@ def cached_folder(
     return folder
 
 
-def discard(name: str) -> None:
-    """Remove a piece of the cache that is no longer needed; one that cannot be removed is left for another time."""
+def discard(name: str, needed_by: str) -> None:
+    """Remove a piece that served only to make another; left for another time if that cannot be done now.
+
+    Args:
+        name: the piece to remove.
+        needed_by: the piece that is made from it; nothing is removed while a process is making that.
+    """
     folder = cache_dir() / name
     if folder.exists():
-        with contextlib.suppress(AssetError), _only_one_process(folder):
+        with contextlib.suppress(Timeout, OSError), _lock(folder.with_name(needed_by)).acquire(timeout=0):
             _remove(folder)
 
 
@@ -218,9 +224,7 @@ def _explanation(error: OSError, doing: str, root: Path) -> AssetError:
 @contextlib.contextmanager
 def _only_one_process(folder: Path) -> Iterator[None]:
     """Hold the lock of this piece. The system frees it when its holder dies, whatever kills it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = _lock(folder)
     with explained(f"locking {folder.name}", folder.parent):
         try:
             lock.acquire(timeout=0)
@@ -231,6 +235,10 @@ def _only_one_process(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
 def _temporary_name(target: Path) -> Path:

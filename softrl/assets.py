@@ -123,7 +123,7 @@ def language_model(*, rebuild: bool = False) -> Path:
         return {"title": "SmolLM2-135M-Instruct, bf16", "licence": "Apache-2.0", "seconds": round(seconds, 1)}
 
     folder = cached_folder("smollm2-135m", inputs, build, needs_mb=480, rebuild=rebuild)
-    discard(_GGUF_FOLDER)  # after the conversion, not in it: an interrupted one must not cost a second download
+    discard(_GGUF_FOLDER, needed_by=folder.name)  # not sooner: an interruption must not cost a second download
     return folder
 
 

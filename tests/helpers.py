@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from softrl.models.gru import GRUConfig, GRUForCausalLM
@@ -95,6 +97,15 @@ def gemma3(seed: int = 0, tied: bool = True) -> nn.Module:
         bos_token_id=0, eos_token_id=EOS, pad_token_id=2,
     )  # fmt: skip
     return _redraw(Gemma3ForCausalLM(config), seed, 0.4)
+
+
+def rwkv(seed: int = 0, tied: bool = True) -> nn.Module:
+    """Neither a cache argument nor a mask: decodes from the whole prefix, and takes prompts of one length."""
+    config = RwkvConfig(
+        vocab_size=V, hidden_size=12, attention_hidden_size=12, num_hidden_layers=2, intermediate_size=24,
+        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=EOS, rescale_every=0,
+    )  # fmt: skip
+    return _redraw(RwkvForCausalLM(config), seed, 0.4)
 
 
 ALL_MODELS = {"llama": llama, "gpt2": gpt2, "gru": gru, "mamba": mamba, "gemma3": gemma3}

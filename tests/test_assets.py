@@ -101,10 +101,10 @@ def check(folder):
     if dies == "while checking":
         os.kill(os.getpid(), signal.SIGKILL)
 
-def discard(name, discard=assets.discard):
+def discard(name, discard=assets.discard, **options):
     if dies == "before cleaning up":
         os.kill(os.getpid(), signal.SIGKILL)
-    discard(name)
+    discard(name, **options)
 
 assets._convert_gguf, assets._check_language_model, assets.discard = convert, check, discard
 print(assets.language_model())

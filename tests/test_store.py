@@ -309,8 +309,22 @@ def test_a_cache_that_cannot_be_written_is_found_before_anything_is_built(cache,
 
 
 def test_discard_removes_a_piece_and_is_content_with_none(cache):
-    discard("piece")
+    discard("piece", needed_by="other")
     cached_folder("piece", {}, writes("whole"), needs_mb=0)
     cached_folder("other", {}, writes("whole"), needs_mb=0)
-    discard("piece")
+    discard("piece", needed_by="other")
+    assert visible(cache) == ["other"]
+
+
+def test_discard_leaves_a_piece_that_another_is_being_made_from(cache):
+    cached_folder("piece", {}, writes("whole"), needs_mb=0)
+    other_process = "from softrl._store import discard; discard('piece', needed_by='other')"
+
+    def build(folder):
+        assert run_python(other_process).returncode == 0
+        assert (cache / "piece" / "data.txt").exists()
+        return {}
+
+    cached_folder("other", {}, build, needs_mb=0)
+    assert run_python(other_process).returncode == 0
     assert visible(cache) == ["other"]

@@ -8,6 +8,7 @@ gather its weight there. Nothing here builds a [N, T, V] tensor; the head is app
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softrl.models.kv import num_key_value_layers
-from softrl.models.state import DecodeState, HostState, KeyValueState, RecurrentState, positions
+from softrl.models.state import DecodeState, HostState, KeyValueState, PrefixState, RecurrentState, positions
 from softrl.tokens.embedding import NormCorrection, check_norm_correction, mixture_embedding
 from softrl.types import Prompts
 
@@ -184,6 +185,18 @@ class Policy:
             output = self.decoder(**{name: value for name, value in arguments.items() if name in self._accepted})
         return output.last_hidden_state[:, prompts.mask.shape[1] - 1 :]
 
+    @cached_property
+    def honours_padding(self) -> bool:
+        """Whether padding on the left leaves the hidden states alone; some recurrent models ignore the mask."""
+        # Ids away from the pad token, so that a zero embedding cannot hide the difference.
+        ids = torch.arange(3, 5, device=self.causal_lm.get_input_embeddings().weight.device) % self.vocab_size
+        padded = Prompts(ids[None].flip(1), torch.tensor([[False, True]], device=ids.device))
+        alone = Prompts(padded.ids[:, 1:], padded.mask[:, 1:])
+        with torch.no_grad(), evaluating(self.model):
+            last = self.embed(ids[None, :1])
+            with_padding, without = (self.hidden(prompts, last).double() for prompts in (padded, alone))
+        return ((with_padding - without).norm() <= 1e-2 * without.norm()).item()
+
     def begin(
         self, prompts: Prompts, num_samples: int, capacity: int, growing: bool = False
     ) -> tuple[Float[Tensor, "N D"], DecodeState]:
@@ -220,10 +233,12 @@ class Policy:
     def _new_state(self, prompts: Prompts, capacity: int, growing: bool) -> DecodeState:
         if hasattr(self.decoder, "initial_state"):
             return RecurrentState(self.decoder, prompts)
-        if num_key_value_layers(self.decoder) is not None:
+        if "past_key_values" in self._accepted and num_key_value_layers(self.decoder) is not None:
             return KeyValueState(self.decoder, prompts, capacity, growing)
-        argument = "past_key_values" if "past_key_values" in self._accepted else "cache_params"
-        return HostState(self.decoder, prompts, argument)
+        for argument in ("past_key_values", "cache_params"):
+            if argument in self._accepted:
+                return HostState(self.decoder, prompts, argument)
+        return PrefixState(self.decoder, prompts)
 
     def _refuse_checkpointing(self) -> None:
         if any(
@@ -264,6 +279,7 @@ def check_policy(policy: Policy, relative_tolerance: float = 1e-3) -> None:
         hidden = policy.hidden(prompts, policy.embed(torch.cat([ids[:, 1:], not_fed], 1)))
         ours = policy.head(hidden[0, 1:]) * policy.temperature
         theirs = policy.causal_lm(input_ids=ids).logits[0, -1:].to(ours.dtype)
+    _ = policy.honours_padding  # measured here, on every rank, rather than when some rank first needs it
     difference = ((ours - theirs).norm() / theirs.norm()).item()
     limit = relative_tolerance if policy.dtype in (torch.float32, torch.float64) else 3e-2
     if not difference < limit:

@@ -1,7 +1,8 @@
 """Decoding states: what a policy carries from step to step, and how one step of it is recomputed and differentiated.
 
-Three kinds, one interface: keys and values (`KeyValueState`), a recurrent state (`RecurrentState`), and transformers'
-own cache (`HostState`) for architectures that keep something else; the last one decodes but cannot be replayed.
+One interface: keys and values (`KeyValueState`), a recurrent state (`RecurrentState`), transformers' own cache
+(`HostState`) for architectures that keep something else in one, and the whole prefix again (`PrefixState`) for those
+that keep no cache at all. The last two decode but cannot be replayed.
 Slots count positions of the padded input: the prompt fills slots 0..P-1, the embedding of token t (from 1) slot P+t-1.
 """
 
@@ -183,3 +184,27 @@ class HostState(DecodeState):
             hidden.append(output.last_hidden_state)
         self.started = True
         return torch.cat(hidden, 1)
+
+
+class PrefixState(DecodeState):
+    """No state but the inputs themselves: every step runs the whole prefix again, at a cost quadratic in T."""
+
+    replayable = False
+
+    def __init__(self, decoder: Any, prompts: Prompts):
+        super().__init__(decoder, prompts)
+        self.fed: Tensor | None = None
+
+    def repeat(self, num_samples: int) -> None:
+        super().repeat(num_samples)
+        assert self.fed is not None
+        self.fed = self.fed.repeat_interleave(num_samples, 0)
+
+    def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
+        if self.fed is None:
+            self.fed = embeds
+        else:
+            self.fed = torch.cat([self.fed, embeds], 1)
+            self._extend_mask(embeds.shape[1])
+        output = self.decoder(inputs_embeds=self.fed, attention_mask=self.mask.long(), use_cache=False)
+        return output.last_hidden_state[:, -embeds.shape[1] :]

@@ -28,6 +28,11 @@ def check_rollout(policy: Policy, prompts: Prompts, num_steps: int, num_samples:
         raise ValueError(
             "prompts: the last position is padding in some row; pad on the left, and leave no prompt empty"
         )
+    if not prompts.mask.all() and not policy.honours_padding:
+        raise ValueError(
+            f"prompts of different lengths need padding, which {type(policy.causal_lm).__name__} does not mask; give "
+            "it prompts of one length"
+        )
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if len(random) != num_prompts * num_samples:

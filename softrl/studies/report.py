@@ -47,7 +47,12 @@ def before_after_table(before: list[Sample], after: list[Sample]) -> Table:
     for key, label, form, error in _ROWS:
         if key not in new:
             continue
-        cells = [form.format(metrics[key]) + (f" ± {metrics[error]:.3f}" if error else "") for metrics in (old, new)]
+        cells = []
+        for metrics in (old, new):
+            value = (
+                metrics[key] if abs(metrics[key]) > 1e-4 else 0.0
+            )  # a KL that is zero up to rounding, without its sign
+            cells.append(form.format(value) + (f" ± {metrics[error]:.3f}" if error else ""))
         change = ""
         if key in values:
             mean, standard_error = paired_change(*values[key])

@@ -60,5 +60,6 @@ def _last_logits(model: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
     arguments = {"inputs_embeds": inputs, "attention_mask": mask.long()}
     if model.config.model_type in ("llama", "gpt2", "gemma3_text"):
         arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if model.config.model_type != "softrl_gru":
         arguments["use_cache"] = False
     return model(**arguments).logits[:, -1]

@@ -12,6 +12,7 @@ from helpers import (
     prompts,
     random_for,
     relaxation_of,
+    rwkv,
     with_float64_norms,
 )
 
@@ -20,6 +21,7 @@ from softrl.estimators.pathwise import PathwiseObjective, pathwise_estimate, sur
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.rollouts.soft import soft_rollout
+from softrl.types import Prompts
 
 pytestmark = pytest.mark.usefixtures("float64_inside")
 
@@ -210,3 +212,19 @@ def test_gradients_flow_through_our_cache_only_if_it_is_in_the_graph():
     (by_step,) = torch.autograd.grad(stepped, embeds, cotangent)
     (by_joint,) = torch.autograd.grad(joint, embeds, cotangent)
     assert relative(by_step, by_joint) < 1e-9
+
+
+@pytest.mark.parametrize("relaxation_name", ["softmax", "st_gumbel"])
+def test_a_model_with_neither_cache_nor_mask(relaxation_name):
+    """RWKV decodes from its whole prefix; prompts have to be of one length, which is said."""
+    model, relaxation = rwkv(), relaxation_of(relaxation_name)
+    policy, padded = Policy(model, TEMPERATURE), prompts()
+    with pytest.raises(ValueError, match=r"RwkvForCausalLM does not mask; give it prompts of one length"):
+        soft_rollout(policy, padded, relaxation, random_for(3), T)
+    batch = Prompts(padded.ids, torch.ones_like(padded.mask))
+    rollout = soft_rollout(policy, batch, relaxation, random_for(3), T, eos_ids=(EOS,))
+    terms = DirectTerms(entropy_weight=0.2)
+    expected = true_gradient(policy, relaxation, terms, rollout, None, PairReward())
+    for method in ("parallel", "autograd"):
+        actual = estimated_gradient(policy, relaxation, terms, rollout, EXACT[method], PairReward())
+        assert relative(actual, expected) < 1e-6, method
