@@ -35,6 +35,8 @@ class TrainArguments:
             How many prompts to use at most; of `review-openings` exactly so many.
         prompt_length_tokens (`int`, *optional*, defaults to `8`):
             Length of `review-openings` in tokens.
+        prompt_prefix (`str`, *optional*, defaults to `""`):
+            Text put before every prompt.
     """
 
     reward_funcs: list[str] = field(
@@ -50,6 +52,7 @@ class TrainArguments:
     num_train_prompts: int = field(default=1024, metadata={"help": "Prompts to train on, at most."})
     num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts, at most."})
     prompt_length_tokens: int = field(default=8, metadata={"help": "Length of 'review-openings' in tokens."})
+    prompt_prefix: str = field(default="", metadata={"help": "Text put before every prompt."})
 
 
 def make_parser(prog: str = "softrl train") -> Any:
@@ -149,7 +152,18 @@ def build_trainer(
 
 
 def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """Training and held-out prompts."""
+    """Training and held-out prompts, with the prefix in front."""
+    train, test = _load_splits(arguments, tokenizer)
+    if not arguments.prompt_prefix:
+        return train, test
+
+    def prefixed(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "prompt": arguments.prompt_prefix + row["prompt"]}
+
+    return train.map(prefixed), test.map(prefixed)
+
+
+def _load_splits(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
     import datasets
 
     name = arguments.dataset_name

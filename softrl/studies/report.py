@@ -123,7 +123,7 @@ def plot_training(log_history: list[dict[str, float]], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(curves) > 1:
+        if len(axis.lines) > 1:
             axis.legend()
     axes.flat[1].axhline(0.0, color="grey", linewidth=0.8)
     with write_atomically(path) as temporary:

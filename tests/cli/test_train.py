@@ -81,6 +81,14 @@ def test_prompts_from_a_text_file(tmp_path):
     assert not set(train["prompt"]) & set(test["prompt"])
 
 
+def test_prefix_goes_before_every_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(8)))
+    arguments, _, _ = parse(["--dataset_name", str(path), "--prompt_prefix", "Well: "])
+    train, test = load_prompts(arguments, None)
+    assert sorted([*train["prompt"], *test["prompt"]]) == [f"Well: line {i}" for i in range(8)]
+
+
 def test_a_saved_reward_is_a_reward_name(tmp_path):
     import torch
 

@@ -106,7 +106,7 @@ def test_resuming_gives_the_same_losses(tmp_path, tokenizer):
     straight = make(tmp_path / "a", tokenizer, **settings)
     straight.train()  # 2 batches an epoch, so this crosses epochs
     assert "soft-rollout" in (tmp_path / "a" / "README.md").read_text()  # the model card
-    resumed = make(tmp_path / "a", tokenizer, model=llama(seed=9), **settings)
+    resumed = make(tmp_path / "a", tokenizer, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert logs_of(resumed, "loss")[-3:] == pytest.approx(logs_of(straight, "loss")[-3:], rel=1e-6)
     torch.testing.assert_close(parameters_of(resumed), parameters_of(straight), rtol=1e-6, atol=1e-9)
@@ -291,7 +291,7 @@ def test_trl_trainer_runs_on_our_reward(tmp_path, tokenizer):
     reward = TokenLinearReward(torch.linspace(-1, 1, V), 0.0)
     arguments = RLOOConfig(
         str(tmp_path), per_device_train_batch_size=4, num_generations=2, max_completion_length=4, max_steps=1,
-        report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        beta=0.0, report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = RLOOTrainer(
         model=llama().float(), reward_funcs=reward.as_trl(tokenizer), args=arguments, train_dataset=dataset(),
