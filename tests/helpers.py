@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from softrl.models.gru import GRUConfig, GRUForCausalLM
+from softrl.rewards.base import WeightedRewards
+from softrl.rewards.token_linear import TokenLinearReward
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import RELAXATIONS, Relaxation
 from softrl.tokens.truncation import Truncation
@@ -153,3 +155,16 @@ class PairReward:
     def hard(self, ids: Tensor, mask: Tensor, **columns: Sequence) -> Tensor:
         """R of hard tokens, shape (N,)."""
         return self.soft(SoftTokens(ids[..., None], torch.ones(*ids.shape, 1, dtype=torch.float64), mask))
+
+
+def _token_linear(link: str, pooling: str) -> TokenLinearReward:
+    weight = torch.randn(V, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return TokenLinearReward(weight, 0.3, link=link, pooling=pooling)
+
+
+ALL_REWARDS = {
+    "pair": PairReward,
+    "token linear, sigmoid of the mean": lambda: _token_linear("sigmoid", "mean"),
+    "token linear, sum": lambda: _token_linear("identity", "sum"),
+    "weighted": lambda: WeightedRewards([PairReward(), _token_linear("sigmoid", "mean")], [0.5, -2.0]),
+}
