@@ -175,7 +175,8 @@ class SoftRolloutTrainer(BaseTrainer):
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return inputs
 
-    def _batch(self, rows: list[dict[str, Any]], num_samples: int) -> PromptBatch:
+    def prompt_batch(self, rows: list[dict[str, Any]], num_samples: int) -> PromptBatch:
+        """Tokenised, padded prompts of rows in which each prompt stands `num_samples` times in a row."""
         limit = self.args.max_prompt_length
         return prompt_batch(rows, self.processing_class, num_samples, limit, self.accelerator.device)
 
@@ -200,7 +201,7 @@ class SoftRolloutTrainer(BaseTrainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
-        batch = self._batch(inputs, self.args.num_generations)
+        batch = self.prompt_batch(inputs, self.args.num_generations)
         random = SequenceRandom.keyed(
             self.args.seed, self.state.global_step, batch.indices, self.args.num_generations, self.accelerator.device
         )
@@ -332,7 +333,7 @@ class SoftRolloutTrainer(BaseTrainer):
     @torch.no_grad()
     def evaluate_rows(self, rows: list[dict[str, Any]]) -> list[Sample]:
         """Sample and measure one completion for every row."""
-        batch = self._batch(rows, 1)
+        batch = self.prompt_batch(rows, 1)
         random = SequenceRandom.keyed(self.args.seed, _EVALUATION_STEP, batch.indices, 1, self.accelerator.device)
         with self.accelerator.autocast():
             tokens, mask = hard_rollout(
