@@ -23,3 +23,8 @@ torch.set_num_threads(1)
 def float64_inside(monkeypatch):
     """Models that call `.float()` on their way (Mamba) stay in float64, so that 1e-6 means something for them."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first: a broken gradient is reported before the first model is fetched."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
