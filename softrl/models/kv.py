@@ -36,10 +36,27 @@ class _Splice(torch.autograd.Function):
         return total, None, None, None, None
 
 
-class RecordedLayer(CacheLayerMixin):
-    """Keys and values of one layer for `capacity` slots, written once and then replayed."""
+class _Layer(CacheLayerMixin):
+    """What our layers share: all slots are kept, and every sample of a prompt can get its own copy of them."""
 
     is_sliding = False
+
+    def repeat(self, num_samples: int) -> None:
+        """Turn the keys and values of B prompts into those of N = B * G sequences."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self.keys.repeat_interleave(num_samples, 0)
+        self.values = self.values.repeat_interleave(num_samples, 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RecordedLayer(_Layer):
+    """Keys and values of one layer for `capacity` slots, written once and then replayed."""
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -71,13 +88,6 @@ class RecordedLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def repeat(self, num_samples: int) -> None:
-        """Give every sample of a prompt its own copy of the prompt's keys and values."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = self.keys.repeat_interleave(num_samples, 0)
-        self.values = self.values.repeat_interleave(num_samples, 0)
-
     def start_replay(self, first_slot: int) -> None:
         """From now on recompute recorded slots from `first_slot` on, last one first, and collect cotangents."""
         assert self.keys is not None
@@ -89,12 +99,6 @@ class RecordedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
 
 def _zero_cotangents(recorded: Float[Tensor, "N H S d"], first_slot: int) -> Float[Tensor, "N H steps d"]:
     """Zeros for the slots from `first_slot` on; at least float32, since thousands of terms are added up in it."""
@@ -103,10 +107,8 @@ def _zero_cotangents(recorded: Float[Tensor, "N H S d"], first_slot: int) -> Flo
     return torch.zeros(shape, dtype=dtype, device=recorded.device)
 
 
-class GrowingLayer(CacheLayerMixin):
+class GrowingLayer(_Layer):
     """Keys and values by concatenation, inside the graph: plain autograd through the loop."""
-
-    is_sliding = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states, value_states
@@ -115,32 +117,15 @@ class GrowingLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
-        else:
-            assert self.keys is not None
-            assert self.values is not None
-            self.keys = torch.cat([self.keys, key_states], dim=-2)
-            self.values = torch.cat([self.values, value_states], dim=-2)
-        assert self.keys is not None
-        assert self.values is not None
+            return key_states, value_states
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
         return self.keys, self.values
-
-    def repeat(self, num_samples: int) -> None:
-        """Give every sample of a prompt its own copy of the prompt's keys and values."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = self.keys.repeat_interleave(num_samples, 0)
-        self.values = self.values.repeat_interleave(num_samples, 0)
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class KVCache(Cache):
