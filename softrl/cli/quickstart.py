@@ -24,8 +24,13 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(USAGE, end="")
         return 0
+    import datasets
+    from transformers.utils import logging
+
     from softrl.assets import AssetError
 
+    datasets.disable_progress_bars()  # of data and weights that load in a blink; training has a bar of its own
+    logging.disable_progress_bar()
     resume = ["--resume_from_checkpoint", "latest"] if "--resume" in argv else []
     argv = [argument for argument in argv if argument != "--resume"]
     try:
