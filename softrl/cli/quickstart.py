@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         checkpoint = checkpoint_to_resume(training_args)
         started = time.perf_counter()
         trainer = build_trainer(arguments, training_args, model_args)
-    except (ValueError, TypeError, AssetError) as error:
+    except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"softrl quickstart: {error}", file=sys.stderr)
         return 2
     return run(trainer, checkpoint, argv, started)

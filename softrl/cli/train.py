@@ -137,7 +137,13 @@ def build_trainer(
     if model_args.attn_implementation is not None:
         settings["attn_implementation"] = model_args.attn_implementation
     training_args.model_init_kwargs = {**settings, **(training_args.model_init_kwargs or {})}
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=model_args.model_revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=model_args.model_revision)
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path={name!r} cannot be loaded ({str(error).splitlines()[0]}); pass 'smollm2-135m', a "
+            "local folder with a model and its tokenizer, or a hub name"
+        ) from error
     train, test = load_prompts(arguments, tokenizer)
     return SoftRolloutTrainer(
         model=name,
@@ -152,8 +158,23 @@ def build_trainer(
 
 
 def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """Training and held-out prompts, with the prefix in front."""
-    train, test = _load_splits(arguments, tokenizer)
+    """Training and held-out prompts, with the prefix in front.
+
+    Raises:
+        ValueError: the data set is empty, cannot be read, or lacks a split.
+    """
+    from datasets.exceptions import DatasetsError
+
+    name = arguments.dataset_name
+    if Path(name).is_file() and Path(name).stat().st_size == 0:
+        raise ValueError(f"dataset_name={name!r} is an empty file; it needs at least two prompts")
+    try:
+        train, test = _load_splits(arguments, tokenizer)
+    except (DatasetsError, OSError) as error:
+        raise ValueError(
+            f"dataset_name={name!r} cannot be read ({error.__cause__ or error}); pass {BUILTIN_DATASET!r}, a hub "
+            "name, a folder saved by save_to_disk, or a .json, .jsonl, .csv, .parquet or .txt file"
+        ) from error
     if not arguments.prompt_prefix:
         return train, test
 
@@ -181,6 +202,8 @@ def _load_splits(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
         loaded = datasets.load_dataset(builder, data_files=name)["train"]
         if builder == "text":
             loaded = loaded.rename_column("text", "prompt")
+        if len(loaded) < 2:
+            raise ValueError(f"dataset_name={name!r} has {len(loaded)} prompts; it needs two, one to hold out")
         splits = loaded.train_test_split(test_size=min(arguments.num_eval_prompts, len(loaded) // 2), seed=0)
     else:
         splits = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
@@ -261,7 +284,7 @@ def main(argv: list[str]) -> int:
         arguments, training_args, model_args = parse(argv)
         checkpoint = checkpoint_to_resume(training_args)
         trainer = build_trainer(arguments, training_args, model_args)
-    except (ValueError, TypeError, AssetError) as error:
+    except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"softrl train: {error}", file=sys.stderr)
         return 2
     from softrl.trainers.callbacks import InterruptCallback

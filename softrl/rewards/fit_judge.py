@@ -79,6 +79,7 @@ def fit_features(features: Float[Tensor, "n D"], texts: list[LabelledText]) -> L
         labels=labels[~held],
         example_weights=torch.full((len(train),), 1 / len(train), dtype=torch.float64),
         penalty_scale=torch.ones(train.shape[1], dtype=torch.float64),
+        step_scale=torch.ones(train.shape[1], dtype=torch.float64),
     )
 
     def validation_loss(weight: Tensor, bias: Tensor) -> float:

@@ -25,8 +25,9 @@ from softrl.rewards.token_linear import TokenLinearReward
 
 PIECE_LENGTH_TOKENS = 24
 SNIPPETS_SHARE_OF_LOSS = 0.15
-# Frequent tokens are penalised more, λ Σ_v (n_v^¼ w_v)²; this also lets L-BFGS converge three times sooner.
+# The penalty is λ Σ_v (n_v^power w_v)², n_v the frequency of token v relative to the mean.
 PENALTY_FREQUENCY_POWER = 0.25
+STEP_FREQUENCY_POWER = 0.25  # L-BFGS on n_v^¼ w_v needs a third of the iterations
 PENALTIES = (3e-7, 1.5e-7, 1e-7, 7e-8, 5e-8, 3.5e-8)
 MAX_ITERATIONS = 60
 VALIDATION_FRACTION = 0.1
@@ -37,6 +38,7 @@ SETTINGS = {
     "piece_length_tokens": PIECE_LENGTH_TOKENS,
     "snippets_share_of_loss": SNIPPETS_SHARE_OF_LOSS,
     "penalty_frequency_power": PENALTY_FREQUENCY_POWER,
+    "step_frequency_power": STEP_FREQUENCY_POWER,
     "penalties": PENALTIES,
     "max_iterations": MAX_ITERATIONS,
     "validation_fraction": VALIDATION_FRACTION,
@@ -123,6 +125,7 @@ def fit_pieces(train: Pieces, validation: Pieces) -> Linear:
         labels=train.labels,
         example_weights=_weights_by_source(train.is_snippet),
         penalty_scale=train.frequencies().pow(PENALTY_FREQUENCY_POWER),
+        step_scale=train.frequencies().pow(STEP_FREQUENCY_POWER),
     )
 
     def validation_loss(weight: Tensor, bias: Tensor) -> float:

@@ -23,6 +23,7 @@ class Problem:
     """A classification problem with n examples and d features.
 
     `margins(w)` is X w, `pullback(r)` is Xᵀ r; `example_weights` are the c_i and sum to 1; `penalty_scale` is s.
+    L-BFGS runs on `step_scale ⊙ w`, which changes how soon it arrives and not where.
     """
 
     margins: Callable[[Vector], Vector]
@@ -30,6 +31,7 @@ class Problem:
     labels: Float[Tensor, "n"]
     example_weights: Float[Tensor, "n"]
     penalty_scale: Float[Tensor, "d"]
+    step_scale: Float[Tensor, "d"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ def fit_along_path(
         The best classifier of the path.
     """
     best: Linear | None = None
-    scaled, bias = torch.zeros_like(problem.penalty_scale), torch.zeros((), dtype=torch.float64)
+    scaled, bias = torch.zeros_like(problem.step_scale), torch.zeros((), dtype=torch.float64)
     with _one_thread():
         for penalty in tqdm(penalties, desc=title, unit="penalty", leave=False, disable=None):
             scaled, bias = _minimise(problem, penalty, scaled, bias, max_iterations)
-            weight = scaled / problem.penalty_scale
+            weight = scaled / problem.step_scale
             loss = validation_loss(weight, bias)
             if best is not None and loss > best.validation_loss_nats:
                 break
@@ -95,7 +97,7 @@ def _one_thread() -> Iterator[None]:
 def _minimise(
     problem: Problem, penalty: float, scaled: Tensor, bias: Tensor, max_iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """L-BFGS on (s ⊙ w, b) from a starting point; the gradient is written by hand, there is no graph."""
+    """L-BFGS on (step_scale ⊙ w, b) from a starting point; the gradient is written by hand, there is no graph."""
     scaled, bias = scaled.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [scaled, bias],
@@ -108,12 +110,15 @@ def _minimise(
 
     @torch.no_grad()
     def loss() -> Tensor:
-        margins = problem.margins(scaled / problem.penalty_scale) + bias
+        weight = scaled / problem.step_scale
+        penalised = problem.penalty_scale * weight
+        margins = problem.margins(weight) + bias
         residuals = problem.example_weights * (margins.sigmoid() - problem.labels)
-        scaled.grad = problem.pullback(residuals) / problem.penalty_scale + 2 * penalty * scaled
+        gradient = problem.pullback(residuals) + 2 * penalty * problem.penalty_scale * penalised
+        scaled.grad = gradient / problem.step_scale
         bias.grad = residuals.sum()
         losses = F.binary_cross_entropy_with_logits(margins, problem.labels, reduction="none")
-        return (problem.example_weights * losses).sum() + penalty * scaled.square().sum()
+        return (problem.example_weights * losses).sum() + penalty * penalised.square().sum()
 
     optimizer.step(loss)
     return scaled.detach(), bias.detach()

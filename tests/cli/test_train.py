@@ -81,6 +81,21 @@ def test_prompts_from_a_text_file(tmp_path):
     assert not set(train["prompt"]) & set(test["prompt"])
 
 
+def test_data_sets_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "lone.txt").write_text("one prompt\n")
+    for name, message in (
+        (str(tmp_path / "empty.txt"), "is an empty file"),
+        (str(tmp_path / "lone.txt"), "has 1 prompts; it needs two"),
+        (str(tmp_path / "broken.json"), "cannot be read .*pass 'review-openings'"),
+        (str(tmp_path / "nothing"), "cannot be read .*pass 'review-openings'"),
+    ):
+        arguments, _, _ = parse(["--dataset_name", name])
+        with pytest.raises(ValueError, match=message):
+            load_prompts(arguments, None)
+
+
 def test_prefix_goes_before_every_prompt(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"line {i}\n" for i in range(8)))

@@ -14,7 +14,7 @@ SCALE = torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=torch.float64)
 
 
 def problem():
-    return Problem(X.mv, X.T.mv, Y, C, SCALE)
+    return Problem(X.mv, X.T.mv, Y, C, penalty_scale=SCALE, step_scale=torch.tensor([2.0, 1.0, 0.7, 3.0]).double())
 
 
 def newton(penalty):
