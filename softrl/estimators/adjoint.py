@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softrl.models.policy import Policy, chunk_length, evaluating, frozen
-from softrl.models.state import DecodeState
+from softrl.models.state import DecodeState, ReplayableState
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Rollout, Support
 
@@ -212,7 +212,7 @@ def _sequential(
     num_steps = rollout.mask.shape[1]
     with torch.no_grad():
         first, state = policy.begin(rollout.prompts, 1, capacity=num_steps)
-        if not state.replayable:
+        if not isinstance(state, ReplayableState):
             raise ValueError(
                 f"method='sequential' needs a state that can be replayed (keys and values, or a recurrent step); "
                 f"{type(policy.causal_lm).__name__} keeps neither. Use method='parallel'"
@@ -255,7 +255,7 @@ class _ClippedEdge(torch.autograd.Function):
 
 def _looped_hidden(policy: Policy, rollout: Rollout, state: DecodeState, embeds: list[Tensor]) -> Float[Tensor, "N D"]:
     """The newest hidden state inside the loop's graph; from the whole prefix where the state is not differentiable."""
-    if state.replayable:
+    if isinstance(state, ReplayableState):
         return policy.advance(state, embeds[-1][:, None])[:, -1]
     not_fed = embeds[-1]  # `Policy.hidden` never feeds the last embedding it is given
     return policy.hidden(rollout.prompts, torch.stack([*embeds, not_fed], 1))[:, -1]

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softrl.models.kv import num_key_value_layers
-from softrl.models.state import DecodeState, HostState, KeyValueState, PrefixState, RecurrentState, positions
+from softrl.models.state import (
+    DecodeState,
+    HostState,
+    KeyValueState,
+    PrefixState,
+    RecurrentState,
+    ReplayableState,
+    positions,
+)
 from softrl.tokens.embedding import NormCorrection, check_norm_correction, mixture_embedding
 from softrl.types import Prompts
 
@@ -225,8 +233,8 @@ class Policy:
         with self.context():
             return state.advance(embeds)
 
-    def replay(self, state: DecodeState, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """See `DecodeState.replay`."""
+    def replay(self, state: ReplayableState, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """See `ReplayableState.replay`."""
         with self.context():
             return state.replay(index, embed)
 

@@ -1,11 +1,12 @@
 """Decoding states: what a policy carries from step to step, and how one step of it is recomputed and differentiated.
 
-One interface: keys and values (`KeyValueState`), a recurrent state (`RecurrentState`), transformers' own cache
-(`HostState`) for architectures that keep something else in one, and the whole prefix again (`PrefixState`) for those
-that keep no cache at all. The last two decode but cannot be replayed.
+Keys and values (`KeyValueState`) and a recurrent state (`RecurrentState`) can be replayed; transformers' own cache
+(`HostState`), for architectures that keep something else in one, and the whole prefix again (`PrefixState`), for those
+that keep no cache at all, only decode.
 Slots count positions of the padded input: the prompt fills slots 0..P-1, the embedding of token t (from 1) slot P+t-1.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,8 @@ def positions(mask: Bool[Tensor, "N S"]) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-class DecodeState:
-    """Interface. `advance` moves on, recording; `replay` and `pull` differentiate one recorded step."""
-
-    replayable = True
+class DecodeState(ABC):
+    """What a policy carries while it decodes. `advance` moves on, recording."""
 
     def __init__(self, decoder: Any, prompts: Prompts):
         self.decoder = decoder
@@ -36,30 +35,34 @@ class DecodeState:
         """Turn the state of B prompts into that of N = B * G sequences."""
         self.mask = self.mask.repeat_interleave(num_samples, 0)
 
+    @abstractmethod
     def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
         """Feed S embeddings; returns the hidden states at their positions."""
-        raise NotImplementedError
-
-    def start_replay(self) -> None:
-        """Stop recording; `replay` is then called for the recorded steps, last one first."""
-        raise NotImplementedError
-
-    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """Recompute, with a graph from `embed`, the hidden state after generated token `index` (from 0) was fed."""
-        raise NotImplementedError
-
-    def pull(
-        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
-    ) -> Float[Tensor, "N D"]:
-        """Cotangent of `embed`: through this step's hidden state and through all later steps that read its state."""
-        raise NotImplementedError
 
     def _extend_mask(self, num_slots: int) -> None:
         ones = self.mask.new_ones(self.mask.shape[0], num_slots)
         self.mask = torch.cat([self.mask, ones], 1)
 
 
-class KeyValueState(DecodeState):
+class ReplayableState(DecodeState):
+    """A state that autograd can flow through: step by step inside a graph, or one recorded step at a time."""
+
+    @abstractmethod
+    def start_replay(self) -> None:
+        """Stop recording; `replay` is then called for the recorded steps, last one first."""
+
+    @abstractmethod
+    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Recompute, with a graph from `embed`, the hidden state after generated token `index` (from 0) was fed."""
+
+    @abstractmethod
+    def pull(
+        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "N D"]:
+        """Cotangent of `embed`: through this step's hidden state and through all later steps that read its state."""
+
+
+class KeyValueState(ReplayableState):
     """Attention keys and values, in our own cache."""
 
     def __init__(self, decoder: Any, prompts: Prompts, capacity: int, growing: bool = False):
@@ -107,7 +110,7 @@ class KeyValueState(DecodeState):
         return grad
 
 
-class RecurrentState(DecodeState):
+class RecurrentState(ReplayableState):
     """A recurrent state that the decoder's `step` maps forward as a pure function."""
 
     def __init__(self, decoder: Any, prompts: Prompts):
@@ -151,8 +154,6 @@ class RecurrentState(DecodeState):
 class HostState(DecodeState):
     """transformers' own cache (state-space and hybrid models): decodes without gradients, cannot be replayed."""
 
-    replayable = False
-
     def __init__(self, decoder: Any, prompts: Prompts, cache_argument: str):
         super().__init__(decoder, prompts)
         self.cache = DynamicCache(config=decoder.config)
@@ -188,8 +189,6 @@ class HostState(DecodeState):
 
 class PrefixState(DecodeState):
     """No state but the inputs themselves: every step runs the whole prefix again, at a cost quadratic in T."""
-
-    replayable = False
 
     def __init__(self, decoder: Any, prompts: Prompts):
         super().__init__(decoder, prompts)

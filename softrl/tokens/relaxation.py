@@ -7,6 +7,7 @@ numbers. `fed` turns p into q, what is fed back and scored; the derivative of q 
 Left out: ReinMax and Gumbel-Rao, whose Jacobians are not those of one softmax.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from softrl.types import Support
 
 
 @dataclass(frozen=True)
-class Relaxation:
+class Relaxation(ABC):
     """Common part of the relaxations.
 
     Args:
@@ -52,6 +53,7 @@ class Relaxation:
                     f"temperature at 1.0 (got {self.temperature})"
                 )
 
+    @abstractmethod
     def draw(
         self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
     ) -> Support:
@@ -63,7 +65,6 @@ class Relaxation:
             tokens: hard tokens that any sampler drew from `sampler_log_probs(logits, truncation)`, shape (N,); then
                 the noise is drawn from its posterior given them. Left out, the relaxation samples for itself.
         """
-        raise NotImplementedError
 
     def perturbed(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
         """The kept logits that the weights are a softmax of: here the clean ones."""
