@@ -7,8 +7,11 @@ and scored; their derivative is taken to be the same (dq := dp).
 
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from softrl.masking import is_any_of, log_survival
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,31 @@ class Support:
 class SoftTokens:
     """Probability-weighted mixtures of tokens, sparse on K ids a step.
 
-    `mask` is True on real tokens, up to and including the end-of-sequence token, and False after it.
+    `mask` is True on real tokens, up to and including the end-of-sequence token, and False after it. With `eos_ids`
+    the end is soft as well: a token counts by its survival, the probability that nothing before it has ended the text.
     """
 
     ids: Int[Tensor, "N T K"]
     weights: Float[Tensor, "N T K"]
     mask: Bool[Tensor, "N T"]
+    eos_ids: tuple[int, ...] = ()
+
+    @property
+    def eos_weight(self) -> Float[Tensor, "N T"]:
+        """`q[eos]`: kept weight summed over all end-of-sequence ids; 0 where none is kept or stopping is hard."""
+        return (self.weights * is_any_of(self.ids, self.eos_ids)).sum(-1)
+
+    @property
+    def log_survival(self) -> Float[Tensor, "N T"]:
+        """`log s_t`, differentiable in the weights, at least −30; −inf where the mask is False. See `masking`."""
+        if not self.eos_ids:
+            return torch.zeros_like(self.weights[..., 0]).masked_fill(~self.mask, -torch.inf)
+        return log_survival(self.eos_weight).masked_fill(~self.mask, -torch.inf)
+
+    @property
+    def survival(self) -> Float[Tensor, "N T"]:
+        """`s_t`: what a token counts in reward, KL and length. With hard stopping it is the mask."""
+        return self.log_survival.exp()
 
     def with_weights(self, weights: Float[Tensor, "N T K"]) -> "SoftTokens":
         """The same tokens with other weights, for instance a leaf that gradients are taken for."""
@@ -73,11 +95,13 @@ class Rollout:
     weights: Float[Tensor, "N T K"]
     fed: Float[Tensor, "N T K"]
     mask: Bool[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"]  # of the sampler's distribution, nats
+    eos_ids: tuple[int, ...] = ()  # not empty: stopping is soft
 
     @property
     def soft_tokens(self) -> SoftTokens:
         """What is fed back and scored."""
-        return SoftTokens(self.support.ids, self.fed, self.mask)
+        return SoftTokens(self.support.ids, self.fed, self.mask, self.eos_ids)
 
     @property
     def tokens(self) -> Int[Tensor, "N T"]:

@@ -146,7 +146,7 @@ class PairReward:
 
     def soft(self, tokens: SoftTokens, **columns: Sequence) -> Tensor:
         """R of soft tokens, shape (N,)."""
-        present = tokens.mask.to(tokens.weights.dtype)
+        present = tokens.survival.to(tokens.weights.dtype)
         first = (tokens.weights * self.first[tokens.ids]).sum(-1) * present
         second = (tokens.weights * self.second[tokens.ids]).sum(-1) * present
         pairs = (first[:, :-1] * second[:, 1:]).sum(-1)

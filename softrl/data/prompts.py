@@ -1,8 +1,8 @@
-"""Prompts for the policy: the openings of reviews that no classifier has seen."""
+"""Prompts for the policy: text or a conversation as token ids, and the openings of reviews nobody has fitted on."""
 
 import random
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,31 @@ from softrl.data.reviews import load_reviews, unit_hash
 Split = Literal["train", "test"]
 
 _TEST_FRACTION = 0.2
+
+
+Prompt = str | list[dict[str, Any]]  # text, or a conversation in the format of transformers' chat templates
+
+
+def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt.
+
+    Text is tokenised as it is. A conversation goes through the chat template, which opens the assistant's turn, or
+    leaves it open when the last message is the assistant's own.
+
+    Raises:
+        ValueError: a conversation, and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "a prompt is a conversation, and the tokenizer has no chat template; set tokenizer.chat_template, or give "
+            "prompts as text"
+        )
+    continued = prompt[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=not continued, continue_final_message=continued, return_dict=True
+    )["input_ids"]
 
 
 def review_openings(

@@ -60,7 +60,7 @@ class PathwiseObjective:
             self.reference_hidden = None if reference_hidden is None else reference_hidden.detach()
         ids = self.rollout.support.ids
         outputs = token_outputs(self.policy, hidden, ids, self.terms.reference, reference_hidden)
-        return total + self.terms.total(outputs, self.rollout.mask).to(total.dtype)
+        return total + self.terms.total(outputs, tokens.survival).to(total.dtype)
 
 
 def hidden_of_reference(
@@ -140,7 +140,7 @@ def surrogate(
     outputs = token_outputs(policy, hidden, rollout.support.ids, terms.reference, estimate.reference_hidden)
     weights = relaxation.weights(outputs.kept_logits, rollout.support)
     value = (cotangents.weights.detach().to(weights.dtype) * weights).sum((-2, -1))
-    value = value + terms.total(outputs, rollout.mask)
+    value = value + terms.total(outputs, rollout.soft_tokens.survival)
     if policy.trains_embedding and settings.feedback_discount > 0.0:
         value = value + settings.feedback_discount * _embedding_term(policy, estimate).to(value.dtype)
     # Padding after the end replays nothing anybody uses.

@@ -7,11 +7,11 @@ so that no [N, T, V] tensor exists at any time.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from softrl.masking import per_sequence_sum
+from softrl.masking import survival_sum
 from softrl.models.policy import Policy, chunk_length
 from softrl.objectives.divergences import entropy, kl_divergence
 
@@ -28,7 +28,7 @@ class TokenOutputs:
 
 @dataclass(frozen=True)
 class DirectTerms:
-    """`F_t = −β_KL KL(π‖π_ref)_t + β_H H(π)_t` on real tokens, in nats.
+    """`F_t = s_t (−β_KL KL(π‖π_ref)_t + β_H H(π)_t)`, in nats, s_t the token's survival.
 
     Args:
         kl_weight: β_KL per token.
@@ -55,14 +55,14 @@ class DirectTerms:
         """Whether F vanishes identically."""
         return self.kl_weight == 0.0 and self.entropy_weight == 0.0
 
-    def total(self, outputs: TokenOutputs, mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N"]:
-        """`Σ_t F_t` of each sequence."""
+    def total(self, outputs: TokenOutputs, survival: Float[Tensor, "N T"]) -> Float[Tensor, "N"]:
+        """`Σ_t F_t` of each sequence; the survival is the mask when stopping is hard."""
         values = torch.zeros_like(outputs.kl)
         if self.kl_weight > 0.0:
             values = values - self.kl_weight * outputs.kl
         if self.entropy_weight > 0.0:
             values = values + self.entropy_weight * outputs.entropy
-        return per_sequence_sum(values, mask)
+        return survival_sum(values, survival.to(values.dtype))
 
 
 def _chunk(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softrl.assets import write_atomically
-from softrl.masking import per_sequence_mean, per_sequence_sum
+from softrl.masking import survival_mean, survival_sum
 from softrl.rewards.base import TrlReward, as_trl
 from softrl.types import SoftTokens
 
@@ -25,7 +25,7 @@ Pooling = Literal["mean", "sum"]
 
 
 class TokenLinearReward(nn.Module):
-    """`link(bias + pool_t Σ_k q_tk · w[id_tk])`, the pool over real tokens; an empty sequence scores `link(bias)`.
+    """`link(bias + pool_t Σ_k q_tk · w[id_tk])`, tokens pooled by their survival; an empty sequence scores `link(bias)`.
 
     Args:
         weight: one number per token id, shape [V].
@@ -61,11 +61,12 @@ class TokenLinearReward(nn.Module):
     def soft(self, tokens: SoftTokens, **columns: Any) -> Float[Tensor, "N"]:
         """Rewards of soft tokens; float64 weights give float64 rewards, all others float32."""
         values = self._token_values(tokens.ids, tokens.mask[..., None], tokens.weights.dtype)
-        return self._pooled((tokens.weights.to(values.dtype) * values).sum(-1), tokens.mask)
+        return self._pooled((tokens.weights.to(values.dtype) * values).sum(-1), tokens.survival.to(values.dtype))
 
     def hard(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any) -> Float[Tensor, "N"]:
         """Rewards of token ids, in the precision of the token weights."""
-        return self._pooled(self._token_values(ids, mask, self.weight.dtype), mask)
+        values = self._token_values(ids, mask, self.weight.dtype)
+        return self._pooled(values, mask.to(values.dtype))
 
     def as_trl(self, tokenizer: PreTrainedTokenizerBase) -> TrlReward:
         """This reward as a function for TRL's own trainers."""
@@ -114,7 +115,7 @@ class TokenLinearReward(nn.Module):
         precision = torch.promote_types(dtype, torch.float32)
         return self.weight.to(device=ids.device, dtype=precision)[ids]
 
-    def _pooled(self, values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N"]:
-        pool = per_sequence_mean if self.pooling == "mean" else per_sequence_sum
-        log_odds = self.bias.to(values) + pool(values, mask)
+    def _pooled(self, values: Float[Tensor, "N T"], survival: Float[Tensor, "N T"]) -> Float[Tensor, "N"]:
+        pool = survival_mean if self.pooling == "mean" else survival_sum
+        log_odds = self.bias.to(values) + pool(values, survival)
         return log_odds.sigmoid() if self.link == "sigmoid" else log_odds

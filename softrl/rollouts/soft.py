@@ -1,7 +1,7 @@
 """Soft rollouts: generate soft tokens step by step, without gradients, and record what replaying them needs.
 
-K numbers a step are kept, never a [N, T, V] tensor. Left out: soft stopping; a sequence ends hard, when its hard token
-is an end-of-sequence id.
+K numbers a step are kept, never a [N, T, V] tensor. A sequence ends hard, when its hard token is an end-of-sequence id,
+or softly, when the weight of such ids has left less than `NEGLIGIBLE_SURVIVAL` of it.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,11 @@ from softrl.masking import is_any_of, mask_through_eos
 from softrl.models.policy import Policy, evaluating
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import Relaxation
-from softrl.types import Prompts, Rollout, Support
+from softrl.tokens.temperature import softmax_entropy
+from softrl.types import Prompts, Rollout, SoftTokens, Support
+
+
+NEGLIGIBLE_SURVIVAL = 1e-4  # tokens that count less are not generated: they would change J by less than its rounding
 
 
 def check_rollout(policy: Policy, prompts: Prompts, num_steps: int, num_samples: int, random: SequenceRandom) -> None:
@@ -54,6 +58,7 @@ def soft_rollout(
     num_steps: int,
     num_samples: int = 1,
     eos_ids: tuple[int, ...] = (),
+    soft_stopping: bool = False,
     on_step: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Generate `num_steps` soft tokens for every sample of every prompt.
@@ -66,6 +71,8 @@ def soft_rollout(
         num_steps: T, in tokens.
         num_samples: G samples a prompt; the prompt is prefilled once.
         eos_ids: a sequence ends at the first of these; generation stops early when all have.
+        soft_stopping: weigh every token by its survival instead, the probability under the fed weights that no such
+            id came before it, and differentiate through it. For one-hot tokens both are the same in value.
         on_step: called after every step with its index.
     Returns:
         The rollout, T axis cut to the longest sequence.
@@ -74,28 +81,43 @@ def soft_rollout(
     """
     relaxation.truncation.check_vocabulary(policy.vocab_size)
     check_rollout(policy, prompts, num_steps, num_samples, random)
+    stopping_ids = eos_ids if soft_stopping else ()
     supports: list[Support] = []
     weights: list[Float[Tensor, "N K"]] = []
+    entropies: list[Float[Tensor, "N"]] = []
     with evaluating(policy.model):
         hidden, state = policy.begin(prompts, num_samples, capacity=num_steps)
-        ended = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        going_on = torch.ones(hidden.shape[0], device=hidden.device)
         for step in range(num_steps):
             logits = policy.head(hidden)
             support = relaxation.draw(logits, random)
             p = relaxation.weights(logits.gather(-1, support.ids), support)
+            q = relaxation.fed(p, support)
             supports.append(support)
             weights.append(p)
-            ended |= is_any_of(support.tokens(), eos_ids)
+            entropies.append(softmax_entropy(logits))
             if on_step is not None:
                 on_step(step)
-            if step == num_steps - 1 or ended.all():
+            ends = (
+                (q * is_any_of(support.ids, eos_ids)).sum(-1)
+                if soft_stopping
+                else is_any_of(support.tokens(), eos_ids)
+            )
+            going_on = going_on * (1.0 - ends.to(going_on.dtype))
+            if step == num_steps - 1 or (going_on < NEGLIGIBLE_SURVIVAL).all():
                 break
-            embed = policy.embed_soft(support.ids, relaxation.fed(p, support))
-            hidden = policy.advance(state, embed[:, None])[:, 0]
+            hidden = policy.advance(state, policy.embed_soft(support.ids, q)[:, None])[:, 0]
     support = _stack(supports)
     recorded = torch.stack(weights, 1)
-    mask = mask_through_eos(support.tokens(), eos_ids)
-    return Rollout(prompts.repeated(num_samples), support, recorded, relaxation.fed(recorded, support), mask)
+    fed = relaxation.fed(recorded, support)
+    if soft_stopping:
+        everything = torch.ones_like(support.choice, dtype=torch.bool)
+        mask = SoftTokens(support.ids, fed, everything, eos_ids).survival >= NEGLIGIBLE_SURVIVAL
+    else:
+        mask = mask_through_eos(support.tokens(), eos_ids)
+    return Rollout(
+        prompts.repeated(num_samples), support, recorded, fed, mask, torch.stack(entropies, 1), stopping_ids
+    )
 
 
 def _stack(supports: list[Support]) -> Support:

@@ -27,11 +27,14 @@ def looped_objective(
     if reference is not None:
         reference_inputs = _embedded(reference, rollout.prompts.ids)
     fed, total = [], torch.zeros((), dtype=torch.float64)
+    survival = torch.ones(rollout.mask.shape[0], dtype=torch.float64)
     for step in range(rollout.mask.shape[1]):
         support = rollout.support.at(slice(None), step)
         logits = _last_logits(model, policy_inputs, mask) / temperature
         log_probs = logits.log_softmax(-1)
         present = rollout.mask[:, step].double()
+        if rollout.eos_ids:
+            present = present * survival
         total = total + entropy_weight * (-(log_probs.exp() * log_probs).sum(-1) * present).sum()
         if reference is not None:
             other = (_last_logits(reference, reference_inputs, mask) / temperature).log_softmax(-1)
@@ -41,6 +44,7 @@ def looped_objective(
         if relaxation.feeds_one_hot:
             q = torch.nn.functional.one_hot(support.choice, p.shape[-1]).double() + p - p.detach()
         fed.append(q)
+        survival = survival * (1.0 - sum((q * (support.ids == eos)).sum(-1) for eos in rollout.eos_ids))
         policy_inputs = torch.cat([policy_inputs, _mixed(model, support.ids, q)], 1)
         if reference is not None:
             reference_inputs = torch.cat([reference_inputs, _mixed(reference, support.ids, q)], 1)

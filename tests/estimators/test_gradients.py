@@ -1,5 +1,7 @@
 """Cotangents and surrogate against autograd and finite differences, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from estimators.looped import looped_objective
@@ -38,7 +40,7 @@ def relative(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def make(model_name, relaxation_name, tied=True, float64_norms=False, **settings):
+def make(model_name, relaxation_name, tied=True, float64_norms=False, eos_ids=(EOS,), soft_stopping=False, **settings):
     model = ALL_MODELS[model_name](tied=tied)
     reference = ALL_MODELS[model_name](seed=3, tied=tied).requires_grad_(False)
     if float64_norms:  # stock Llama norms round to float32 inside, which a difference quotient magnifies
@@ -46,7 +48,9 @@ def make(model_name, relaxation_name, tied=True, float64_norms=False, **settings
     policy = Policy(model, TEMPERATURE)
     relaxation = relaxation_of(relaxation_name, **settings)
     terms = DirectTerms(kl_weight=0.3, entropy_weight=0.2, reference=Policy(reference, TEMPERATURE))
-    rollout = soft_rollout(policy, prompts(), relaxation, random_for(3), T, eos_ids=(EOS,))
+    rollout = soft_rollout(
+        policy, prompts(), relaxation, random_for(3), T, eos_ids=eos_ids, soft_stopping=soft_stopping
+    )
     return policy, relaxation, terms, rollout, reference
 
 
@@ -80,6 +84,25 @@ def test_surrogate_gradient_is_the_full_derivative(model_name, relaxation_name, 
             continue
         actual = estimated_gradient(policy, relaxation, terms, rollout, settings, reward)
         assert relative(actual, expected) < 1e-6, method
+
+
+@pytest.mark.parametrize("relaxation_name", ["softmax", "gumbel_softmax"])
+@pytest.mark.parametrize("model_name", ["llama", "mamba"])
+def test_survival_is_differentiated(model_name, relaxation_name):
+    """Two ends of sequence that are often kept: reward and direct terms depend on q through survival."""
+    ends = {"eos_ids": (4, 9), "soft_stopping": True}
+    policy, relaxation, terms, rollout, reference = make(model_name, relaxation_name, **ends)
+    survival = rollout.soft_tokens.survival
+    assert (survival[:, -1] < 0.9).any(), "the ends have to weigh something here"
+    expected = true_gradient(policy, relaxation, terms, rollout, reference, PairReward())
+    for method, settings in EXACT.items():
+        if method == "sequential" and model_name not in REPLAYABLE_MODELS:
+            continue
+        actual = estimated_gradient(policy, relaxation, terms, rollout, settings, PairReward())
+        assert relative(actual, expected) < 1e-6, method
+    ignored = replace(rollout, eos_ids=())
+    without = estimated_gradient(policy, relaxation, terms, ignored, EXACT["autograd"], PairReward())
+    assert relative(without, expected) > 1e-2, "survival does not matter here: the test is too weak"
 
 
 @pytest.mark.parametrize("relaxation_name", ["softmax", "gumbel_softmax"])
