@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -27,16 +27,17 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ValueError: a conversation, and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        return cast(list[int], tokenizer(prompt).input_ids)
     if tokenizer.chat_template is None:
         raise ValueError(
             "a prompt is a conversation, and the tokenizer has no chat template; set tokenizer.chat_template, or give "
             "prompts as text"
         )
     continued = prompt[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=not continued, continue_final_message=continued, return_dict=True
-    )["input_ids"]
+    )
+    return encoded["input_ids"]
 
 
 def review_openings(

@@ -14,9 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from softrl.estimators.adjoint import AdjointSettings, Cotangents, recorded_embeds, solve_cotangents
+from softrl.estimators.adjoint import solve_cotangents
+from softrl.estimators.system import AdjointSettings, Cotangents, ForwardPass, recorded_embeds
+from softrl.masking import survival_sum
 from softrl.models.policy import Policy, chunk_length, evaluating
-from softrl.objectives.token_terms import DirectTerms, TokenOutputs, token_outputs
+from softrl.objectives.token_terms import DirectTerms, token_outputs, token_values
 from softrl.rewards.base import Reward, checked_soft
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Rollout
@@ -37,8 +39,8 @@ def unbiased_for(relaxation: Relaxation, settings: AdjointSettings) -> Literal["
 class PathwiseObjective:
     """J of every sequence: the reward of the fed tokens plus the direct terms.
 
-    The reference reads the fed tokens through its own embedding, so J depends on q through it as well. What it made
-    of them stays in `reference_hidden`, because phase 3 needs it again.
+    The reference reads the fed tokens through its own embedding, so J depends on q through it as well. Its hidden
+    states and the KL of every position stay behind, for phase 3 and for logs.
     """
 
     policy: Policy
@@ -47,6 +49,7 @@ class PathwiseObjective:
     terms: DirectTerms
     columns: dict[str, Sequence]
     reference_hidden: Float[Tensor, "N T E"] | None = None
+    kl: Float[Tensor, "N T"] | None = None
 
     def __call__(self, fed: Float[Tensor, "N T K"], hidden: Float[Tensor, "N T D"]) -> Float[Tensor, "N"]:
         """J [N] from q and the policy's hidden states, differentiable in both."""
@@ -58,9 +61,9 @@ class PathwiseObjective:
         if self.terms.kl_weight > 0.0:
             reference_hidden = hidden_of_reference(self.terms, self.rollout, fed)
             self.reference_hidden = None if reference_hidden is None else reference_hidden.detach()
-        ids = self.rollout.support.ids
-        outputs = token_outputs(self.policy, hidden, ids, self.terms.reference, reference_hidden)
-        return total + self.terms.total(outputs, tokens.survival).to(total.dtype)
+        values = token_values(self.terms, self.policy, hidden, reference_hidden)
+        self.kl = values.kl
+        return total + survival_sum(values.value, tokens.survival.to(values.value.dtype)).to(total.dtype)
 
 
 def hidden_of_reference(
@@ -77,12 +80,13 @@ def hidden_of_reference(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What phase 3 needs; nothing in it carries a graph."""
+    """What phase 3 needs; nothing in it carries a graph. `kl` is that of each position, nats; None without a KL."""
 
     rollout: Rollout
     cotangents: Cotangents
     embeds: Float[Tensor, "N T D"]
     reference_hidden: Float[Tensor, "N T E"] | None
+    kl: Float[Tensor, "N T"] | None
 
 
 def pathwise_estimate(
@@ -93,6 +97,7 @@ def pathwise_estimate(
     terms: DirectTerms,
     settings: AdjointSettings,
     columns: dict[str, Sequence] | None = None,
+    forward: ForwardPass | None = None,
 ) -> Estimate:
     """Phase 2: the cotangents of `J = R + ΣF` for a recorded rollout.
 
@@ -102,29 +107,32 @@ def pathwise_estimate(
         terms: KL and entropy terms.
         settings: how cotangents are solved for.
         columns: data-set columns handed to the reward, one entry a sequence.
+        forward: see `solve_cotangents`.
     Raises:
         ValueError: the reward's value has a wrong shape, is not finite or not differentiable.
     """
     objective = PathwiseObjective(policy, rollout, reward, terms, columns or {})
-    cotangents = solve_cotangents(policy, rollout, relaxation, objective, settings)
-    reference_hidden = objective.reference_hidden
-    if reference_hidden is None:  # no KL in J, but the KL is still measured
-        with torch.no_grad():
-            reference_hidden = hidden_of_reference(terms, rollout, rollout.fed)
-    return Estimate(rollout, cotangents, recorded_embeds(policy, rollout), reference_hidden)
+    cotangents = solve_cotangents(policy, rollout, relaxation, objective, settings, forward)
+    embeds = recorded_embeds(policy, rollout)
+    kl = objective.kl if terms.kl_weight > 0.0 else None
+    return Estimate(rollout, cotangents, embeds, objective.reference_hidden, kl)
 
 
 @dataclass(frozen=True)
 class SurrogateOutput:
-    """S of every sequence, and what was measured on the way: nats per position, and the replay's error in p."""
+    """S of every sequence, and the replay's largest error in p."""
 
     value: Float[Tensor, "N"]
-    outputs: TokenOutputs
     replay_error: Float[Tensor, ""]
 
 
 def surrogate(
-    policy: Policy, relaxation: Relaxation, estimate: Estimate, terms: DirectTerms, settings: AdjointSettings
+    policy: Policy,
+    relaxation: Relaxation,
+    estimate: Estimate,
+    terms: DirectTerms,
+    settings: AdjointSettings,
+    forward: ForwardPass | None = None,
 ) -> SurrogateOutput:
     """Phase 3: one ordinary forward pass whose gradient is the estimate. Call it inside the wrapped model's forward.
 
@@ -132,20 +140,39 @@ def surrogate(
         policy: the model with gradients.
         relaxation, terms, settings: those of phases 1 and 2.
         estimate: phase 2's result.
+        forward: the forward pass that phase 2 used, if parameters were not frozen in it: phase 3 then runs none.
     Returns:
         S, to be maximised, shape (N,); its value has no meaning beyond its gradient.
     """
     rollout, cotangents = estimate.rollout, estimate.cotangents
-    hidden = policy.hidden(rollout.prompts, estimate.embeds)
-    outputs = token_outputs(policy, hidden, rollout.support.ids, terms.reference, estimate.reference_hidden)
-    weights = relaxation.weights(outputs.kept_logits, rollout.support)
-    value = (cotangents.weights.detach().to(weights.dtype) * weights).sum((-2, -1))
-    value = value + terms.total(outputs, rollout.soft_tokens.survival)
+    hidden = policy.hidden(rollout.prompts, estimate.embeds) if forward is None else forward.hidden
+    if terms.are_zero:
+        direct = torch.zeros_like(hidden[:, 0, 0])
+        kept = _kept_logits(policy, hidden, rollout)
+    elif policy.trains_head:
+        outputs = token_outputs(policy, hidden, rollout.support.ids, terms.reference, estimate.reference_hidden)
+        direct, kept = terms.total(outputs, rollout.soft_tokens.survival), outputs.kept_logits
+    else:  # F reaches the parameters through the hidden states alone, and its derivative by them is known
+        direct = (cotangents.by_hidden.detach().to(hidden.dtype) * hidden).sum((-2, -1))
+        kept = _kept_logits(policy, hidden, rollout)
+    weights = relaxation.weights(kept, rollout.support)
+    value = (cotangents.weights.detach().to(weights.dtype) * weights).sum((-2, -1)) + direct
     if policy.trains_embedding and settings.feedback_discount > 0.0:
         value = value + settings.feedback_discount * _embedding_term(policy, estimate).to(value.dtype)
     # Padding after the end replays nothing anybody uses.
     replay_error = (weights - rollout.weights).detach().abs().amax(-1).masked_fill(~rollout.mask, 0.0).max()
-    return SurrogateOutput(value, outputs, replay_error)
+    return SurrogateOutput(value, replay_error)
+
+
+def _kept_logits(policy: Policy, hidden: Float[Tensor, "N T D"], rollout: Rollout) -> Float[Tensor, "N T K"]:
+    """Logits of the kept ids, in chunks that are recomputed in the backward pass."""
+    flat, ids = hidden.flatten(0, 1), rollout.support.ids.flatten(0, 1)
+    size = chunk_length(ids.shape[-1] * hidden.shape[-1])
+    pieces = [
+        checkpoint(policy.kept_logits, *piece, use_reentrant=False)
+        for piece in zip(flat.split(size), ids.split(size), strict=True)
+    ]
+    return torch.cat(pieces).view(rollout.support.ids.shape)
 
 
 def _embedding_term(policy: Policy, estimate: Estimate) -> Float[Tensor, "N"]:

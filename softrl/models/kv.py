@@ -17,23 +17,34 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 
 class _Splice(torch.autograd.Function):
-    """Puts a recomputed key (or value) into the recorded cache, for one attention layer of one step.
+    """Puts recomputed keys (or values) into the recorded ones, for one attention layer of one block of slots.
 
-    Forward returns the recorded tensors up to and including this slot: a view, no copy. Backward adds the cotangents
-    of the slots before it to the buffer, in place, and passes on what this slot has collected in total.
+    Forward returns the recorded tensors up to and including the block: a view, no copy. Backward books the cotangents
+    of the slots before it in the buffer, in place, and passes on what the block's own slots are asked for: by the
+    block itself and, when `replay.with_later` says so, by the blocks after it, which have been booked before.
     """
 
     @staticmethod
-    def forward(ctx, new, recorded, cotangents, slot, first_slot):  # type: ignore[no-untyped-def]
-        ctx.cotangents, ctx.slot, ctx.first_slot = cotangents, slot, first_slot
-        return recorded.detach()[:, :, : slot + 1]
+    def forward(ctx, new, recorded, cotangents, replay, slot, first_slot):  # type: ignore[no-untyped-def]
+        ctx.cotangents, ctx.replay, ctx.length = cotangents, replay, new.shape[2]
+        ctx.slot, ctx.first_slot = slot, first_slot
+        return recorded.detach()[:, :, : slot + new.shape[2]]
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         index = ctx.slot - ctx.first_slot
         ctx.cotangents[:, :, :index] += grad[:, :, ctx.first_slot : ctx.slot]
-        total = grad[:, :, ctx.slot :] + ctx.cotangents[:, :, index : index + 1].to(grad.dtype)
-        return total, None, None, None, None
+        own = grad[:, :, ctx.slot :]
+        if ctx.replay.with_later:
+            own = own + ctx.cotangents[:, :, index : index + ctx.length].to(grad.dtype)
+        return own, None, None, None, None, None
+
+
+class Replay:
+    """What all layers share while recorded slots are recomputed."""
+
+    def __init__(self) -> None:
+        self.with_later = True  # whether a backward pass adds what later blocks have booked for this one
 
 
 class _Layer(CacheLayerMixin):
@@ -63,6 +74,7 @@ class RecordedLayer(_Layer):
         self.capacity = capacity
         self.length = 0
         self.first_slot: int | None = None  # set while replaying: cotangents are kept from here on
+        self.replay: Replay | None = None
         self.key_cotangents: Tensor | None = None
         self.value_cotangents: Tensor | None = None
 
@@ -75,8 +87,9 @@ class RecordedLayer(_Layer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if self.first_slot is not None:
-            keys = _Splice.apply(key_states, self.keys, self.key_cotangents, self.length, self.first_slot)
-            values = _Splice.apply(value_states, self.values, self.value_cotangents, self.length, self.first_slot)
+            place = (self.replay, self.length, self.first_slot)
+            keys = _Splice.apply(key_states, self.keys, self.key_cotangents, *place)
+            values = _Splice.apply(value_states, self.values, self.value_cotangents, *place)
             return keys, values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -88,11 +101,12 @@ class RecordedLayer(_Layer):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def start_replay(self, first_slot: int) -> None:
-        """From now on recompute recorded slots from `first_slot` on, last one first, and collect cotangents."""
+    def start_replay(self, first_slot: int, replay: Replay) -> None:
+        """From now on recompute recorded slots from `first_slot` on, last ones first, and collect cotangents."""
         assert self.keys is not None
         assert self.values is not None
         self.first_slot = first_slot
+        self.replay = replay
         self.key_cotangents = _zero_cotangents(self.keys, first_slot)
         self.value_cotangents = _zero_cotangents(self.values, first_slot)
 
@@ -134,6 +148,7 @@ class KVCache(Cache):
     def __init__(self, num_layers: int, capacity: int, growing: bool = False):
         layers: list[Any] = [GrowingLayer() if growing else RecordedLayer(capacity) for _ in range(num_layers)]
         super().__init__(layers=layers)
+        self.replay = Replay()
         self.ours = layers  # the same objects: the base class types them more widely
 
     def repeat(self, num_samples: int) -> None:
@@ -144,10 +159,10 @@ class KVCache(Cache):
     def start_replay(self, first_slot: int) -> None:
         """See `RecordedLayer.start_replay`."""
         for layer in self.ours:
-            layer.start_replay(first_slot)
+            layer.start_replay(first_slot, self.replay)
 
     def seek(self, slot: int) -> None:
-        """The next update recomputes this slot."""
+        """The next update recomputes the slots from this one on."""
         for layer in self.ours:
             layer.length = slot
 

@@ -122,6 +122,20 @@ class Policy:
         """Whether the input embedding has trainable parameters, so that the embedding's own gradient is wanted."""
         return any(parameter.requires_grad for parameter in self.causal_lm.get_input_embeddings().parameters())
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output embeddings have trainable parameters (tied to the input embedding or not)."""
+        return any(parameter.requires_grad for parameter in self.causal_lm.get_output_embeddings().parameters())
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether `begin` gives a `ReplayableState`: keys and values only, or a recurrent step."""
+        return hasattr(self.decoder, "initial_state") or self._keeps_keys_and_values
+
+    @cached_property
+    def _keeps_keys_and_values(self) -> bool:
+        return "past_key_values" in self._accepted and num_key_value_layers(self.decoder) is not None
+
     def embed(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
         """Token embeddings as the model's own module returns them."""
         with self.context():
@@ -233,15 +247,15 @@ class Policy:
         with self.context():
             return state.advance(embeds)
 
-    def replay(self, state: ReplayableState, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    def replay(self, state: ReplayableState, index: int, embeds: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
         """See `ReplayableState.replay`."""
         with self.context():
-            return state.replay(index, embed)
+            return state.replay(index, embeds)
 
     def _new_state(self, prompts: Prompts, capacity: int, growing: bool) -> DecodeState:
         if hasattr(self.decoder, "initial_state"):
             return RecurrentState(self.decoder, prompts)
-        if "past_key_values" in self._accepted and num_key_value_layers(self.decoder) is not None:
+        if self._keeps_keys_and_values:
             return KeyValueState(self.decoder, prompts, capacity, growing)
         for argument in ("past_key_values", "cache_params"):
             if argument in self._accepted:

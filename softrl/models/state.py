@@ -49,17 +49,33 @@ class ReplayableState(DecodeState):
 
     @abstractmethod
     def start_replay(self) -> None:
-        """Stop recording; `replay` is then called for the recorded steps, last one first."""
+        """Stop recording; `replay` is then called for blocks of recorded steps, the last block first."""
 
     @abstractmethod
-    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """Recompute, with a graph from `embed`, the hidden state after generated token `index` (from 0) was fed."""
+    def replay(self, index: int, embeds: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+        """Recompute, with a graph from `embeds`, the hidden states after generated tokens index, index+1, ...
+
+        Each block ends where the one replayed before it began.
+        """
 
     @abstractmethod
     def pull(
-        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
-    ) -> Float[Tensor, "N D"]:
-        """Cotangent of `embed`: through this step's hidden state and through all later steps that read its state."""
+        self,
+        hidden: Float[Tensor, "N L D"],
+        embeds: Float[Tensor, "N L D"],
+        cotangents: Float[Tensor, "N L D"],
+        with_later: bool = True,
+    ) -> Float[Tensor, "N L D"]:
+        """Cotangents of a replayed block's `embeds`; may be called again for the same block.
+
+        What they ask of the state before the block is booked for the blocks still to come, and adds up over calls: a
+        first call with cotangents and further ones with their increments book the same as one with the total.
+
+        Args:
+            hidden, embeds: what `replay` returned and was given.
+            cotangents: of the block's hidden states.
+            with_later: add what all later blocks ask of this block's state; True exactly once a block.
+        """
 
 
 class KeyValueState(ReplayableState):
@@ -97,16 +113,21 @@ class KeyValueState(ReplayableState):
     def start_replay(self) -> None:
         self.cache.start_replay(self.prompt_length)
 
-    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    def replay(self, index: int, embeds: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
         slot = self.prompt_length + index
         self.cache.seek(slot)
-        return self._forward(embed[:, None], self.mask[:, : slot + 1])[:, 0]
+        return self._forward(embeds, self.mask[:, : slot + embeds.shape[1]])
 
     def pull(
-        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
-    ) -> Float[Tensor, "N D"]:
-        # The cache's splices add what later steps asked of this slot, and book what this step asks of earlier ones.
-        (grad,) = torch.autograd.grad(hidden, embed, cotangent)
+        self,
+        hidden: Float[Tensor, "N L D"],
+        embeds: Float[Tensor, "N L D"],
+        cotangents: Float[Tensor, "N L D"],
+        with_later: bool = True,
+    ) -> Float[Tensor, "N L D"]:
+        # The cache's splices add what later blocks asked of these slots, and book what these ask of earlier ones.
+        self.cache.replay.with_later = with_later
+        (grad,) = torch.autograd.grad(hidden, embeds, cotangents, retain_graph=True)
         return grad
 
 
@@ -117,7 +138,6 @@ class RecurrentState(ReplayableState):
         super().__init__(decoder, prompts)
         self.recorded: list[Tensor] = []  # the state after the prompt, then after every fed token
         self.leaf: Tensor | None = None
-        self.cotangent: Tensor | None = None
 
     def repeat(self, num_samples: int) -> None:
         super().repeat(num_samples)
@@ -135,19 +155,32 @@ class RecurrentState(ReplayableState):
         return torch.stack(hidden, 1)
 
     def start_replay(self) -> None:
-        self.cotangent = torch.zeros_like(self.recorded[-1])
+        self.cotangent = torch.zeros_like(self.recorded[-1])  # of the state after the block
 
-    def replay(self, index: int, embed: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    def replay(self, index: int, embeds: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
         self.leaf = self.recorded[index].detach().requires_grad_()
-        self.after = self.decoder.step(embed, self.leaf)
-        return self.after[:, -1]
+        self.booked = torch.zeros_like(self.leaf)
+        self.later, self.cotangent = self.cotangent, self.booked
+        state, hidden = self.leaf, []
+        for embed in embeds.unbind(1):
+            state = self.decoder.step(embed, state)
+            hidden.append(state[:, -1])
+        self.after = state
+        return torch.stack(hidden, 1)
 
     def pull(
-        self, hidden: Float[Tensor, "N D"], embed: Float[Tensor, "N D"], cotangent: Float[Tensor, "N D"]
-    ) -> Float[Tensor, "N D"]:
+        self,
+        hidden: Float[Tensor, "N L D"],
+        embeds: Float[Tensor, "N L D"],
+        cotangents: Float[Tensor, "N L D"],
+        with_later: bool = True,
+    ) -> Float[Tensor, "N L D"]:
         assert self.leaf is not None
-        roots, cotangents = [hidden, self.after], [cotangent, self.cotangent]
-        grad, self.cotangent = torch.autograd.grad(roots, [embed, self.leaf], cotangents)
+        later = self.later if with_later else torch.zeros_like(self.later)
+        grad, asked = torch.autograd.grad(
+            [hidden, self.after], [embeds, self.leaf], [cotangents, later], retain_graph=True
+        )
+        self.booked += asked
         return grad
 
 

@@ -1,7 +1,8 @@
 """What a position's hidden state gives: kept logits, entropy, KL to the reference; and the direct terms F.
 
-All full-vocabulary work of a training step is here, in chunks of positions that are recomputed in the backward pass,
-so that no [N, T, V] tensor exists at any time.
+All full-vocabulary work of a training step is here, in chunks of positions, so that no [N, T, V] tensor exists at any
+time: `token_values` differentiates each chunk at once, with respect to hidden states; `token_outputs` recomputes it in
+the backward pass, which reaches the head's parameters too.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softrl.masking import survival_sum
 from softrl.models.policy import Policy, chunk_length
-from softrl.objectives.divergences import entropy, kl_divergence
+from softrl.tokens.divergences import entropy, kl_divergence
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,102 @@ class DirectTerms:
         return self.kl_weight == 0.0 and self.entropy_weight == 0.0
 
     def total(self, outputs: TokenOutputs, survival: Float[Tensor, "N T"]) -> Float[Tensor, "N"]:
-        """`Σ_t F_t` of each sequence; the survival is the mask when stopping is hard."""
+        """`Σ_t F_t` of each sequence, survival included."""
         values = torch.zeros_like(outputs.kl)
         if self.kl_weight > 0.0:
             values = values - self.kl_weight * outputs.kl
         if self.entropy_weight > 0.0:
             values = values + self.entropy_weight * outputs.entropy
         return survival_sum(values, survival.to(values.dtype))
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """`F_t / s_t`, differentiable in the hidden states that it was made from, and the KL in it (0 without one)."""
+
+    value: Float[Tensor, "N T"]
+    kl: Float[Tensor, "N T"]
+
+
+class _Known(torch.autograd.Function):
+    """Per-position values whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx, value, hidden, by_hidden, reference_hidden, by_reference):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(by_hidden, by_reference)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        by_hidden, by_reference = ctx.saved_tensors
+        scaled = [None if by is None else (grad[..., None] * by).to(by.dtype) for by in (by_hidden, by_reference)]
+        return None, scaled[0], None, scaled[1], None
+
+
+def token_values(
+    terms: DirectTerms,
+    policy: Policy,
+    hidden: Float[Tensor, "N T D"],
+    reference_hidden: Float[Tensor, "N T E"] | None,
+) -> TokenValues:
+    """The direct terms of every position, before survival: each head is read once forwards and once backwards.
+
+    With z, z' the logits of policy and reference, the gradients are `∂KL/∂z = π (log π − log π' − KL)`,
+    `∂KL/∂z' = π' − π` and `∂H/∂z = −π (log π + H)`.
+
+    Args:
+        terms: weights of KL and entropy.
+        policy: whose head is applied; its parameters get no gradient from here.
+        hidden, reference_hidden: hidden states at the same positions; the latter when terms has a KL.
+    """
+    shape, size = hidden.shape[:2], chunk_length(policy.vocab_size)
+    states = hidden.detach().flatten(0, 1).split(size)
+    if terms.kl_weight == 0.0 or terms.reference is None or reference_hidden is None:
+        pieces = [_values_chunk(terms, policy, state, None) for state in states]
+    else:
+        references = reference_hidden.detach().flatten(0, 1).split(size)
+        pieces = [_values_chunk(terms, policy, *both) for both in zip(states, references, strict=True)]
+    values, kls, grads, reference_grads = zip(*pieces, strict=True)
+    value, kl, by_hidden = (torch.cat(parts).unflatten(0, shape) for parts in (values, kls, grads))
+    given = [grad for grad in reference_grads if grad is not None]
+    by_reference = torch.cat(given).unflatten(0, shape) if given else None
+    if not given:
+        reference_hidden = None
+    return TokenValues(_Known.apply(value, hidden, by_hidden, reference_hidden, by_reference), kl)
+
+
+def _values_chunk(
+    terms: DirectTerms, policy: Policy, hidden: Float[Tensor, "M D"], reference_hidden: Float[Tensor, "M E"] | None
+) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"], Float[Tensor, "M D"], Float[Tensor, "M E"] | None]:
+    """Value, KL, and the value's gradients by both hidden states."""
+    leaf, logits = _headed(policy, hidden)
+    log_probs = logits.detach().log_softmax(-1)
+    probs = log_probs.exp()
+    by_logits = torch.zeros_like(probs)
+    value = kl = torch.zeros_like(probs[:, 0])
+    by_reference = None
+    if terms.entropy_weight > 0.0:
+        spread = -(probs * log_probs).sum(-1)
+        value = value + terms.entropy_weight * spread
+        by_logits.sub_(probs * (log_probs + spread[:, None]), alpha=terms.entropy_weight)
+    if reference_hidden is not None:
+        assert terms.reference is not None
+        reference_leaf, reference_logits = _headed(terms.reference, reference_hidden)
+        reference_log_probs = reference_logits.detach().log_softmax(-1)
+        excess = log_probs - reference_log_probs
+        kl = (probs * excess).sum(-1)
+        value = value - terms.kl_weight * kl
+        by_logits.sub_(excess.sub_(kl[:, None]).mul_(probs), alpha=terms.kl_weight)
+        by_reference_logits = (reference_log_probs.exp_() - probs).mul_(-terms.kl_weight)
+        (by_reference,) = torch.autograd.grad(reference_logits, reference_leaf, by_reference_logits)
+    (by_hidden,) = torch.autograd.grad(logits, leaf, by_logits)
+    return value, kl, by_hidden, by_reference
+
+
+def _headed(policy: Policy, hidden: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M V"]]:
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        return leaf, policy.head(leaf)
 
 
 def _chunk(

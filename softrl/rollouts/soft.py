@@ -1,7 +1,7 @@
 """Soft rollouts: generate soft tokens step by step, without gradients, and record what replaying them needs.
 
-K numbers a step are kept, never a [N, T, V] tensor. A sequence ends hard, when its hard token is an end-of-sequence id,
-or softly, when the weight of such ids has left less than `NEGLIGIBLE_SURVIVAL` of it.
+K numbers a step are kept, never a [N, T, V] tensor. A sequence ends hard, when its hard token is an end-of-sequence
+id, or softly, when the weight of such ids has left less than `NEGLIGIBLE_SURVIVAL` of it.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from softrl.masking import is_any_of, mask_through_eos
 from softrl.models.policy import Policy, evaluating
+from softrl.tokens.divergences import entropy
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import Relaxation
-from softrl.tokens.temperature import softmax_entropy
 from softrl.types import Prompts, Rollout, SoftTokens, Support
-
 
 NEGLIGIBLE_SURVIVAL = 1e-4  # tokens that count less are not generated: they would change J by less than its rounding
 
@@ -95,7 +94,7 @@ def soft_rollout(
             q = relaxation.fed(p, support)
             supports.append(support)
             weights.append(p)
-            entropies.append(softmax_entropy(logits))
+            entropies.append(entropy(logits.log_softmax(-1)))
             if on_step is not None:
                 on_step(step)
             ends = (

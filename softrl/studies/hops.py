@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softrl.estimators.adjoint import AdjointSettings
+from softrl.estimators.system import AdjointSettings
 from softrl.estimators.pathwise import pathwise_estimate, surrogate
 from softrl.models.policy import evaluation_mode
 from softrl.rollouts.soft import soft_rollout

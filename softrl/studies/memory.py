@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from softrl.assets import resolve_model, write_atomically
-from softrl.estimators.adjoint import AdjointSettings, Cotangents, solve_cotangents
+from softrl.estimators.adjoint import solve_cotangents
+from softrl.estimators.system import AdjointSettings, Cotangents
 from softrl.estimators.pathwise import PathwiseObjective
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms

@@ -10,8 +10,8 @@ import torch
 from estimators.looped import looped_objective
 from helpers import PairReward, gpt2, prompts, relaxation_of
 
-from softrl.estimators.adjoint import AdjointSettings
 from softrl.estimators.pathwise import pathwise_estimate, surrogate, unbiased_for
+from softrl.estimators.system import AdjointSettings
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.rollouts.soft import soft_rollout

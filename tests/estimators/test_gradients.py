@@ -18,8 +18,9 @@ from helpers import (
     with_float64_norms,
 )
 
-from softrl.estimators.adjoint import AdjointSettings, solve_cotangents
+from softrl.estimators.adjoint import solve_cotangents
 from softrl.estimators.pathwise import PathwiseObjective, pathwise_estimate, surrogate
+from softrl.estimators.system import AdjointSettings, ForwardPass
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.rollouts.soft import soft_rollout
@@ -31,6 +32,8 @@ T = 6
 TEMPERATURE = 1.3
 EXACT = {
     "sequential": AdjointSettings("sequential"),
+    "blocked, 2": AdjointSettings("blocked", block_length=2, tol=1e-9),
+    "blocked, 4": AdjointSettings("blocked", block_length=4, tol=1e-9),
     "parallel": AdjointSettings("parallel", tol=1e-9),
     "autograd": AdjointSettings("autograd"),
 }
@@ -54,21 +57,26 @@ def make(model_name, relaxation_name, tied=True, float64_norms=False, eos_ids=(E
     return policy, relaxation, terms, rollout, reference
 
 
-def estimated_gradient(policy, relaxation, terms, rollout, settings, reward):
-    estimate = pathwise_estimate(policy, rollout, relaxation, reward, terms, settings)
-    parameters = list(policy.model.parameters())
-    value = surrogate(policy, relaxation, estimate, terms, settings).value.sum()
+def estimated_gradient(policy, relaxation, terms, rollout, settings, reward, one_pass=False):
+    forward = ForwardPass.of(policy, rollout) if one_pass else None
+    estimate = pathwise_estimate(policy, rollout, relaxation, reward, terms, settings, forward=forward)
+    parameters = trained(policy)
+    value = surrogate(policy, relaxation, estimate, terms, settings, forward).value.sum()
     grads = torch.autograd.grad(value, parameters, allow_unused=True)
     return torch.cat(
         [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]
     )
 
 
+def trained(policy):
+    return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+
+
 def true_gradient(policy, relaxation, terms, rollout, reference, reward):
     total = looped_objective(
         policy.model, rollout, relaxation, reward, TEMPERATURE, terms.kl_weight, terms.entropy_weight, reference
     )
-    grads = torch.autograd.grad(total, list(policy.model.parameters()))
+    grads = torch.autograd.grad(total, trained(policy))
     return torch.cat([grad.flatten() for grad in grads])
 
 
@@ -80,10 +88,27 @@ def test_surrogate_gradient_is_the_full_derivative(model_name, relaxation_name, 
     reward = PairReward()
     expected = true_gradient(policy, relaxation, terms, rollout, reference, reward)
     for method, settings in EXACT.items():
-        if method == "sequential" and model_name not in REPLAYABLE_MODELS:
+        if method not in ("parallel", "autograd") and model_name not in REPLAYABLE_MODELS:
             continue
         actual = estimated_gradient(policy, relaxation, terms, rollout, settings, reward)
         assert relative(actual, expected) < 1e-6, method
+
+
+@pytest.mark.parametrize("trains", ["everything", "layers", "layers, reward only"])
+@pytest.mark.parametrize("model_name", ALL_MODELS)
+def test_one_pass_for_both_phases_and_a_frozen_head(model_name, trains):
+    """With head and embedding frozen, the direct terms' gradient comes from phase 2; a shared pass changes nothing."""
+    policy, relaxation, terms, rollout, reference = make(model_name, "gumbel_softmax", tied=False)
+    if trains != "everything":
+        policy.causal_lm.get_input_embeddings().requires_grad_(False)
+        policy.causal_lm.get_output_embeddings().requires_grad_(False)
+    if "reward only" in trains:
+        terms, reference = DirectTerms(), None
+    reward = PairReward()
+    expected = true_gradient(policy, relaxation, terms, rollout, reference, reward)
+    for one_pass in (False, True):
+        actual = estimated_gradient(policy, relaxation, terms, rollout, EXACT["parallel"], reward, one_pass)
+        assert relative(actual, expected) < 1e-6, one_pass
 
 
 @pytest.mark.parametrize("relaxation_name", ["softmax", "gumbel_softmax"])
@@ -96,7 +121,7 @@ def test_survival_is_differentiated(model_name, relaxation_name):
     assert (survival[:, -1] < 0.9).any(), "the ends have to weigh something here"
     expected = true_gradient(policy, relaxation, terms, rollout, reference, PairReward())
     for method, settings in EXACT.items():
-        if method == "sequential" and model_name not in REPLAYABLE_MODELS:
+        if method not in ("parallel", "autograd") and model_name not in REPLAYABLE_MODELS:
             continue
         actual = estimated_gradient(policy, relaxation, terms, rollout, settings, PairReward())
         assert relative(actual, expected) < 1e-6, method
@@ -176,12 +201,12 @@ def test_methods_agree_on_discounted_and_clipped_cotangents(model_name, settings
         method: solve_cotangents(
             policy, rollout, relaxation, objective,
             AdjointSettings(method, feedback_discount=settings.feedback_discount,
-                            adjoint_clip=settings.adjoint_clip, tol=1e-12),
+                            adjoint_clip=settings.adjoint_clip, tol=1e-12, block_length=3),
         )
-        for method in ("autograd", "sequential", "parallel")
+        for method in ("autograd", "sequential", "blocked", "parallel")
     }  # fmt: skip
     exact = solve_cotangents(policy, rollout, relaxation, objective, EXACT["autograd"])
-    for method in ("sequential", "parallel"):
+    for method in ("sequential", "blocked", "parallel"):
         assert relative(found[method].weights, found["autograd"].weights) < 1e-6
         assert relative(found[method].embeds, found["autograd"].embeds) < 1e-6
     assert relative(found["autograd"].weights, exact.weights) > 1e-2

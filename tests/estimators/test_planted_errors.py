@@ -6,8 +6,9 @@ from estimators.test_gradients import EXACT, estimated_gradient, make, relative,
 from helpers import PairReward
 
 from softrl.estimators import pathwise
-from softrl.estimators.adjoint import AdjointSettings
+from softrl.estimators.system import AdjointSettings
 from softrl.models import kv
+from softrl.models.state import KeyValueState
 
 
 def error_of(settings, case=None):
@@ -47,6 +48,17 @@ def test_cotangents_of_the_cache_not_collected(monkeypatch):
 
     monkeypatch.setattr(kv._Splice, "backward", staticmethod(forgetful))
     assert error_of(EXACT["sequential"]) > 1e-3
+    assert error_of(EXACT["blocked, 2"]) > 1e-3
+
+
+def test_later_blocks_counted_in_every_sweep(monkeypatch):
+    pull = KeyValueState.pull
+    monkeypatch.setattr(
+        KeyValueState, "pull", lambda state, hidden, embeds, cotangents, with_later=True: pull(
+            state, hidden, embeds, cotangents)
+    )  # fmt: skip
+    assert error_of(EXACT["sequential"]) < 1e-6
+    assert error_of(EXACT["blocked, 2"]) > 1e-3
 
 
 def test_one_sweep_too_few():

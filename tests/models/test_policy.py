@@ -6,7 +6,8 @@ from helpers import ALL_MODELS, EOS, gpt2, llama, mamba, prompts, random_for, re
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 
-from softrl.estimators.adjoint import AdjointSettings, solve_cotangents
+from softrl.estimators.adjoint import solve_cotangents
+from softrl.estimators.system import AdjointSettings
 from softrl.models import policy as policy_module
 from softrl.models.policy import Policy, check_policy, evaluation_mode
 from softrl.rollouts.soft import soft_rollout

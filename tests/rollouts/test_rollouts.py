@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import ALL_MODELS, ALL_RELAXATIONS, V, llama, prompts, random_for, relaxation_of
 
-from softrl.estimators.adjoint import recorded_embeds
+from softrl.estimators.system import recorded_embeds
 from softrl.models.policy import Policy
 from softrl.rollouts.hard import hard_rollout
 from softrl.rollouts.soft import soft_rollout
