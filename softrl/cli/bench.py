@@ -21,12 +21,32 @@ def main(argv: list[str]) -> int:
     hops.add_argument("--relaxations", nargs="+", default=["st_gumbel", "gumbel_softmax"], help="what is fed back")
     hops.add_argument("--prompts", type=int, default=8, help="N (8)")
     hops.add_argument("--steps", type=int, default=24, help="T (24)")
+    rollout = benchmarks.add_parser("rollout", help="seconds and memory of a step: ours, TRL's RLOO, naive, the floor")
+    rollout.add_argument("--model", default="smollm2-135m", help="a model's name or folder, or tiny (smollm2-135m)")
+    rollout.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model (float32)")
+    rollout.add_argument("--use_peft", action="store_true", help="LoRA on all linear layers instead of all parameters")
+    rollout.add_argument("--beta", type=float, default=0.0, help="KL weight (0; the naive contenders have none)")
+    rollout.add_argument("--horizons", nargs="+", type=int, default=[16, 32, 64, 128], help="T (16 32 64 128)")
+    rollout.add_argument("--contenders", nargs="+", help="their names (all)")
+    rollout.add_argument("--rounds", type=int, default=3, help="measured steps of each, alternating (3)")
+    rollout.add_argument("--memory", action="store_true", help="peak memory too, a process for each")
+    rollout.add_argument(
+        "--output", type=Path, default=Path("runs/rollout.csv"), help="CSV and PNG (runs/rollout.csv)"
+    )
+    blocks = benchmarks.add_parser("blocks", help="sweeps, error and seconds of the solvers on a long rollout")
+    blocks.add_argument("--model", default="smollm2-135m", help="model name or folder (smollm2-135m)")
+    blocks.add_argument("--relaxations", nargs="+", help="what is fed back (all four)")
+    blocks.add_argument("--steps", type=int, default=256, help="T (256)")
+    blocks.add_argument("--sequences", type=int, default=4, help="N (4)")
+    blocks.add_argument("--tol", type=float, default=1e-3, help="relative residual to stop at (1e-3)")
+    blocks.add_argument("--block_lengths", nargs="+", type=int, default=[8, 16, 32], help="steps a block (8 16 32)")
+    blocks.add_argument("--output", type=Path, default=Path("runs/blocks.csv"), help="CSV (runs/blocks.csv)")
     given = parser.parse_args(argv)
 
     from softrl.assets import AssetError
 
     try:
-        return _memory(given) if given.benchmark == "memory" else _hops(given)
+        return {"memory": _memory, "hops": _hops, "blocks": _blocks, "rollout": _rollout}[given.benchmark](given)
     except (AssetError, ValueError) as error:
         print(f"softrl bench: {error}", file=sys.stderr)
         return 1
@@ -37,7 +57,6 @@ def _memory(given: argparse.Namespace) -> int:
     from softrl.studies.memory import run
 
     resolve_model(given.model)  # fetched here, with its progress bar, rather than in every measuring process
-    given.output.parent.mkdir(parents=True, exist_ok=True)
     run(given.model, given.methods, given.horizons, given.sequences, given.output)
     print(f"Written to {given.output}.")
     return 0
@@ -52,4 +71,28 @@ def _hops(given: argparse.Namespace) -> int:
     print(header())
     for relaxation in given.relaxations:
         compare(trainer, relaxation, given.prompts, given.steps)
+    return 0
+
+
+def _blocks(given: argparse.Namespace) -> int:
+    from softrl.studies.blocks import RELAXATIONS, run
+
+    names = given.relaxations or list(RELAXATIONS)
+    if unknown := set(names) - set(RELAXATIONS):
+        raise ValueError(f"--relaxations: {sorted(unknown)} are none of {list(RELAXATIONS)}")
+    run(given.model, names, given.steps, given.sequences, given.tol, given.block_lengths, given.output)
+    print(f"Written to {given.output}.")
+    return 0
+
+
+def _rollout(given: argparse.Namespace) -> int:
+    from softrl.studies.rollout import CONTENDERS, Setting
+    from softrl.studies.rollout_report import run
+
+    contenders = given.contenders or list(CONTENDERS)
+    if unknown := set(contenders) - set(CONTENDERS):
+        raise ValueError(f"--contenders: {sorted(unknown)} are none of {list(CONTENDERS)}")
+    setting = Setting(given.model, given.dtype, given.use_peft, given.beta)
+    run(setting, given.horizons, contenders, given.rounds, given.memory, given.output)
+    print(f"Written to {given.output} and {given.output.with_suffix('.png')}.")
     return 0

@@ -20,7 +20,7 @@ def parallel(system: System, forward: ForwardPass) -> Cotangents:
         new = clipped(new, settings.adjoint_clip)
         residual = relative_change(new, adjoint)
         adjoint, sweeps = new, sweeps + 1
-        if residual <= settings.tol or sweeps == limit:
+        if residual <= system.tol or sweeps == limit:
             break
         weights = system.direct + system.feedback(adjoint)
     return system.solution(adjoint, residual, float(sweeps))

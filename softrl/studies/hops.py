@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softrl.estimators.system import AdjointSettings
 from softrl.estimators.pathwise import pathwise_estimate, surrogate
+from softrl.estimators.system import AdjointSettings
 from softrl.models.policy import evaluation_mode
 from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.noise import SequenceRandom

@@ -6,7 +6,6 @@ runs the reference model over the whole horizon in one pass, whatever the method
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -19,14 +18,15 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from softrl.assets import resolve_model, write_atomically
+from softrl.assets import resolve_model
 from softrl.estimators.adjoint import solve_cotangents
-from softrl.estimators.system import AdjointSettings, Cotangents
 from softrl.estimators.pathwise import PathwiseObjective
+from softrl.estimators.system import AdjointSettings, Cotangents
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.rewards.token_linear import TokenLinearReward
 from softrl.rollouts.soft import soft_rollout
+from softrl.studies.tables import write_csv
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import StraightThroughGumbel
 from softrl.tokens.truncation import Truncation
@@ -61,16 +61,16 @@ def measure(model: str, method: str, num_steps: int, num_sequences: int) -> Meas
     reward = TokenLinearReward(torch.randn(policy.vocab_size, generator=generator), 0.0)
     objective = PathwiseObjective(policy, rollout, reward, DirectTerms(), {})
     cache = _cache_bytes(causal_lm.config, num_sequences, num_steps, prompt_length=8) if method != "parallel" else 0
-    before = _reset_peak_bytes()
+    before = reset_peak_bytes()
     started = time.perf_counter()
     found: Cotangents = solve_cotangents(policy, rollout, relaxation, objective, AdjointSettings(method, tol=0.0))
     seconds = time.perf_counter() - started
-    grown = _peak_bytes() - before
+    grown = peak_bytes() - before
     norm = found.weights.norm().item()
     return Measurement(method, num_steps, (grown - cache) / MIB, cache / MIB, seconds, norm)
 
 
-def _environment() -> dict[str, str]:
+def glibc_environment() -> dict[str, str]:
     """glibc returns every block of 64 KiB or more at once, so that resident memory is memory in use."""
     return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -81,13 +81,13 @@ def _cache_bytes(config: object, num_sequences: int, num_steps: int, prompt_leng
     return per_slot * (prompt_length + 2 * num_steps)
 
 
-def _reset_peak_bytes() -> int:
+def reset_peak_bytes() -> int:
     """Make the peak count from here (Linux); returns what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _peak_bytes()
+    return peak_bytes()
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Largest resident size since the reset."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -101,7 +101,7 @@ def run(model: str, methods: list[str], horizons: list[int], num_sequences: int,
         for num_steps in horizons:
             arguments = [model, method, str(num_steps), str(num_sequences)]
             command = [sys.executable, "-m", "softrl.studies.memory", *arguments]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=_environment())
+            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=glibc_environment())
             row = Measurement(**json.loads(finished.stdout.splitlines()[-1]))
             rows.append(row)
             print(
@@ -109,10 +109,7 @@ def run(model: str, methods: list[str], horizons: list[int], num_sequences: int,
                 f"{row.seconds:>8.1f} {row.cotangent_norm:>12.6g}",
                 flush=True,
             )
-    with write_atomically(output) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_csv(rows, output)
     return rows
 
 

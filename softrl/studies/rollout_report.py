@@ -1,0 +1,85 @@
+"""`softrl bench rollout`: run the contenders of `rollout.py` over horizons; a table, a CSV and a figure."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from softrl.assets import write_atomically
+from softrl.studies.rollout import CONTENDERS, FLOOR, NAIVE, RLOO, Bench, Row, Setting, measure, peak_mib
+from softrl.studies.tables import write_csv
+
+PHASES = ("generation", "cotangents", "gradient")
+
+
+def run(
+    setting: Setting, horizons: Iterable[int], contenders: list[str], rounds: int, with_memory: bool, output: Path
+) -> list[Row]:
+    """Measure every contender at every horizon; the CSV is rewritten after each horizon, the figure lies beside it."""
+    if setting.beta > 0.0:
+        contenders = [name for name in contenders if name not in NAIVE]
+    rows: list[Row] = []
+    for num_steps in horizons:
+        bench = Bench(setting, num_steps)
+        measured = measure(bench, contenders, rounds)
+        bench.close()
+        del bench
+        if with_memory:
+            measured = [replace(row, peak_mib=peak_mib(setting, row.contender, num_steps)) for row in measured]
+        print(table(measured), flush=True)
+        rows += measured
+        write_csv(rows, output)
+        plot(rows, output.with_suffix(".png"))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Rows of one horizon as text; the ratio is to TRL's RLOO where it ran, else to the first row."""
+    unit = next((row for row in rows if row.contender == RLOO), rows[0])
+    lines = [
+        f"{'T=' + str(unit.num_steps):<30} {'seconds':>8} {'/ ' + unit.contender:>10} {'generation':>11} "
+        f"{'cotangents':>11} {'gradient':>9} {'peak MiB':>9} {'rounds':>7}"
+    ]
+    for row in rows:
+        memory = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        lines.append(
+            f"{row.contender:<30} {row.total:>8.2f} {row.total / unit.total:>10.2f} {row.generation:>11.2f} "
+            f"{row.cotangents:>11.2f} {row.gradient:>9.2f} {memory:>9} {row.rounds:>7}"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Seconds by horizon, where they go at the longest one, and memory where it was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    names = [name for name in CONTENDERS if any(row.contender == name for row in rows)]
+    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
+    for name in names:
+        own = [row for row in rows if row.contender == name]
+        style = {"color": colours[name], "marker": "o", "linewidth": 2.5 if name in (FLOOR, RLOO) else 1.2}
+        axes[0].plot([row.num_steps for row in own], [row.total for row in own], label=name, **style)
+        with_memory = [row for row in own if row.peak_mib is not None]
+        axes[2].plot([row.num_steps for row in with_memory], [row.peak_mib for row in with_memory], **style)
+    for axis, title in ((axes[0], "seconds a step"), (axes[2], "peak memory of a step, MiB")):
+        axis.set(title=title, xlabel="T, tokens", xscale="log", yscale="log")
+        axis.set_xticks(sorted({row.num_steps for row in rows}), sorted({row.num_steps for row in rows}), minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    longest = max(row.num_steps for row in rows)
+    shown = [row for row in rows if row.num_steps == longest and row.contender not in NAIVE]
+    start = [0.0] * len(shown)
+    for phase in PHASES:
+        widths = [getattr(row, phase) for row in shown]
+        axes[1].barh([row.contender for row in shown], widths, left=start, label=phase)
+        start = [left + width for left, width in zip(start, widths, strict=True)]
+    axes[1].invert_yaxis()
+    axes[1].set(title=f"where the seconds go at T={longest}", xlabel="seconds")
+    axes[1].legend()
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
