@@ -12,6 +12,7 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,6 +24,10 @@ from transformers import (
 
 from softrl.models.gru import GRUConfig, GRUForCausalLM
 from softrl.rewards.base import WeightedRewards
+from softrl.rewards.function import FunctionReward
+from softrl.rewards.length import LengthReward
+from softrl.rewards.repetition import RepetitionPenalty
+from softrl.rewards.reward_model import SequenceClassifierReward
 from softrl.rewards.token_linear import TokenLinearReward
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import RELAXATIONS, Relaxation
@@ -162,9 +167,29 @@ def _token_linear(link: str, pooling: str) -> TokenLinearReward:
     return TokenLinearReward(weight, 0.3, link=link, pooling=pooling)
 
 
+def _sequence_classifier(pooling: str) -> SequenceClassifierReward:
+    config = GPT2Config(vocab_size=V, n_positions=64, n_embd=8, n_layer=1, n_head=2, num_labels=1, pad_token_id=2)
+    model = _redraw(GPT2ForSequenceClassification(config), 7, 0.4)
+    return SequenceClassifierReward(model, pooling=pooling, include_prompt=False)
+
+
+def _function() -> FunctionReward:
+    value = torch.linspace(-1.0, 2.0, V, dtype=torch.float64)
+    return FunctionReward(lambda tokens: ((tokens.weights * value[tokens.ids]).sum(-1) * tokens.survival).sum(-1))
+
+
 ALL_REWARDS = {
     "pair": PairReward,
     "token linear, sigmoid of the mean": lambda: _token_linear("sigmoid", "mean"),
     "token linear, sum": lambda: _token_linear("identity", "sum"),
     "weighted": lambda: WeightedRewards([PairReward(), _token_linear("sigmoid", "mean")], [0.5, -2.0]),
+    "sequence classifier, last token": lambda: _sequence_classifier("last"),
+    "sequence classifier, mean": lambda: _sequence_classifier("mean"),
+    "function": _function,
+    "repetition": lambda: RepetitionPenalty(n=1),
+    "length": LengthReward,
+    "length, target": lambda: LengthReward(target=3.5, scale=2.0),
 }
+# These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
+REWARDS_OF_FEW_WEIGHTS = ("repetition", "length", "length, target")
+REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")

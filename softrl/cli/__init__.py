@@ -11,7 +11,8 @@ import sys
 COMMANDS = {
     "quickstart": "train SmolLM2-135M to write favourable reviews, and print before and after (about five minutes)",
     "train": "train a policy from a recipe: softrl train --config recipes/quickstart.yaml [--key value ...]",
-    "bench": "measure: softrl bench memory (by method and horizon), softrl bench hops (how far gradients reach)",
+    "bench": "measure seconds, memory and errors: softrl bench rollout | blocks | memory | hops",
+    "study": "measure what a setting does, as a figure: softrl study entropy-bound",
     "assets": "fetch, check, convert and cache the embedded model, reviews, encoder and rewards",
 }
 

@@ -11,7 +11,8 @@ USAGE = """usage: softrl quickstart [--resume] [--seed N] [--output_dir DIR] [--
 
 Trains SmolLM2-135M to continue the openings of film reviews favourably: straight-through Gumbel tokens, a sentiment
 reward backpropagated through them, a KL penalty, LoRA. Prints hard reward, judge, KL, diversity and perplexity on
-held-out prompts before and after, and completions; writes curves.png, before.json, after.json and the adapter.
+held-out prompts before and after, and completions; writes curves.png, adjoint.png, before.json, after.json and the
+adapter.
 
   --resume          go on from the last checkpoint of an interrupted run
   --output_dir DIR  where to write (runs/quickstart)
@@ -48,7 +49,7 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
     """Evaluate, train, evaluate, report."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from softrl.studies.report import load_samples, plot_training, print_report, save_samples
+    from softrl.studies.report import load_samples, plot_run, print_report, save_samples
     from softrl.trainers.callbacks import InterruptCallback, RewardProgressCallback
 
     folder, interrupt = Path(trainer.args.output_dir), InterruptCallback()
@@ -73,11 +74,11 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
     save_samples(after, folder / "after.json")
     trainer.save_model(str(folder))
     trainer.save_state()
-    plot_training(trainer.state.log_history, folder / "curves.png")
+    figures = plot_run(trainer.state.log_history, folder)
     print_report(before, after)
     print(
         f"{time.perf_counter() - started:.0f} s in all, {trainer.state.global_step} steps. "
-        f"Curves: {folder / 'curves.png'}; all completions: {folder / 'before.json'}, {folder / 'after.json'}; "
+        f"Curves: {', '.join(map(str, figures))}; all completions: {folder / 'before.json'}, {folder / 'after.json'}; "
         f"adapter: {folder}"
     )
     return 0

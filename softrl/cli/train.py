@@ -1,7 +1,6 @@
 """`softrl train`: train a policy from a recipe, alone or under `accelerate launch -m softrl train ...`."""
 
 import difflib
-import importlib
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -22,13 +21,15 @@ class TrainArguments:
     Args:
         reward_funcs (`list[str]`, *optional*, defaults to `["sentiment"]`):
             `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), a file saved by
-            `TokenLinearReward.save`, or a dotted path to a reward object or to a function that returns one.
+            `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or folder), or a
+            dotted path to a reward, to a differentiable function of soft tokens, or to what makes one.
         judge (`str`, *optional*, defaults to `"sentiment"`):
             `"sentiment"` (MiniLM, fitted on other reviews than the reward), `"none"`, or a dotted path to a function
             from a list of texts to a tensor of scores.
         dataset_name (`str`, *optional*, defaults to `"review-openings"`):
             `"review-openings"` (embedded), a hub name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
-            .csv, .parquet or .txt file with a `prompt` column (a text file has one prompt a line).
+            .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
+            tokenizer's chat template (a text file has one prompt a line).
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of a hub data set or folder.
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
@@ -36,12 +37,12 @@ class TrainArguments:
         prompt_length_tokens (`int`, *optional*, defaults to `8`):
             Length of `review-openings` in tokens.
         prompt_prefix (`str`, *optional*, defaults to `""`):
-            Text put before every prompt.
+            Text put before every prompt that is text; an error for conversations.
     """
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["sentiment"],
-        metadata={"help": "'sentiment', a saved token-linear reward, or a dotted path to a reward."},
+        metadata={"help": "'sentiment', a saved token-linear reward, a classifier's name, or a dotted path."},
     )
     judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'none' or a dotted path."})
     dataset_name: str = field(
@@ -127,7 +128,7 @@ def build_trainer(
 ) -> "SoftRolloutTrainer":
     """The trainer that a recipe describes."""
     from transformers import AutoTokenizer
-    from trl import get_peft_config
+    from trl import get_peft_config, get_quantization_config
 
     from softrl.assets import resolve_model
     from softrl.trainers import SoftRolloutTrainer
@@ -147,11 +148,12 @@ def build_trainer(
     train, test = load_prompts(arguments, tokenizer)
     return SoftRolloutTrainer(
         model=name,
-        reward_funcs=[load_reward(text, name) for text in arguments.reward_funcs],
+        reward_funcs=arguments.reward_funcs,
         args=training_args,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         judge=load_judge(arguments.judge),
     )
@@ -161,7 +163,7 @@ def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
     """Training and held-out prompts, with the prefix in front.
 
     Raises:
-        ValueError: the data set is empty, cannot be read, or lacks a split.
+        ValueError: the data set is empty, cannot be read, or lacks a split; or a prefix for conversations.
     """
     from datasets.exceptions import DatasetsError
 
@@ -175,11 +177,17 @@ def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
             f"dataset_name={name!r} cannot be read ({error.__cause__ or error}); pass {BUILTIN_DATASET!r}, a hub "
             "name, a folder saved by save_to_disk, or a .json, .jsonl, .csv, .parquet or .txt file"
         ) from error
-    if not arguments.prompt_prefix:
+    prefix = arguments.prompt_prefix
+    if not prefix or "prompt" not in train.column_names:  # the trainer says what is missing
         return train, test
+    if not isinstance(train[0]["prompt"], str):
+        raise ValueError(
+            f"prompt_prefix={prefix!r} goes before text, but the prompts of dataset_name={name!r} are conversations; "
+            "leave it out, or put it into their messages"
+        )
 
     def prefixed(row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "prompt": arguments.prompt_prefix + row["prompt"]}
+        return {**row, "prompt": prefix + row["prompt"]}
 
     return train.map(prefixed), test.map(prefixed)
 
@@ -218,20 +226,6 @@ def _load_splits(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
     return train, test
 
 
-def load_reward(text: str, policy_name: str) -> Any:
-    """A reward by short name, file or dotted path."""
-    if text == "sentiment":
-        from softrl.rewards.fit import sentiment_reward
-
-        return sentiment_reward(policy_name)
-    if Path(text).is_file():
-        from softrl.rewards.token_linear import TokenLinearReward
-
-        return TokenLinearReward.load(text)
-    found = _imported(text, "reward_funcs")
-    return found if hasattr(found, "soft") else found()
-
-
 def load_judge(text: str) -> Any:
     """A judge by short name or dotted path; None for "none"."""
     if text == "none":
@@ -240,18 +234,11 @@ def load_judge(text: str) -> Any:
         from softrl.rewards.fit import sentiment_judge
 
         return sentiment_judge().score
-    return _imported(text, "judge")
+    if "." not in text:
+        raise ValueError(f"judge: {text!r} is neither 'sentiment', 'none', nor a dotted path to a function")
+    from softrl.rewards.resolve import imported
 
-
-def _imported(text: str, argument: str) -> Any:
-    module_name, _, attribute = text.rpartition(".")
-    if not module_name:
-        raise ValueError(f"{argument}: {text!r} is neither 'sentiment', a file, nor a dotted path to an object")
-    sys.path.insert(0, "")  # as `python -m` does, for objects in the working directory
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{argument}: cannot import {text!r} ({error}); check the spelling and the folder") from error
+    return imported(text, "judge")
 
 
 def checkpoint_to_resume(training_args: "SoftRolloutConfig") -> str | None:
@@ -300,4 +287,9 @@ def main(argv: list[str]) -> int:
         return 130
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if trainer.is_world_process_zero():
+        from softrl.studies.report import plot_run
+
+        for figure in plot_run(trainer.state.log_history, Path(training_args.output_dir)):
+            print(f"Figure: {figure}")
     return 0

@@ -16,11 +16,20 @@ from softrl.types import Rollout
 
 
 def chosen_method(settings: AdjointSettings, relaxation: Relaxation, num_steps: int, replayable: bool) -> str:
-    """What "auto" stands for."""
+    """What "auto" stands for, by the measurements of `softrl bench blocks` and `softrl bench rollout` (LOG.md).
+
+    - "parallel" with `hops`, and where a state cannot be replayed: nothing else can do it;
+    - "parallel" for one-hot tokens, which settle within a dozen sweeps however long the rollout;
+    - "sequential" for mixtures without an entropy bound: their sweeps grow with T, and the 12 to 19 of a block
+      cost more than going through its steps one by one;
+    - with a bound, "parallel" up to one block and "blocked" beyond: some seven sweeps, at the memory of one block.
+    """
     if settings.method != "auto":
         return settings.method
     if settings.hops is not None or relaxation.feeds_one_hot or not replayable:
         return "parallel"
+    if relaxation.max_entropy_nats is None:
+        return "sequential"
     return "blocked" if num_steps > settings.block_length else "parallel"
 
 

@@ -48,7 +48,7 @@ class AdjointSettings:
     feedback_discount: float = 1.0
     adjoint_clip: float | None = None
     tol: float = 1e-3
-    block_length: int = 16
+    block_length: int = 32
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

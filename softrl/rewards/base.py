@@ -29,7 +29,7 @@ class Reward(Protocol):
     vocab_size: int | None
 
     def soft(self, tokens: SoftTokens, **columns: Any) -> Float[Tensor, "N"]:
-        """Rewards of soft tokens, differentiable in `tokens.weights`."""
+        """Rewards of soft tokens, differentiable in `tokens.weights`; a token counts by its `tokens.survival`."""
         ...
 
     def hard(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any) -> Float[Tensor, "N"]:
@@ -58,7 +58,7 @@ def checked_soft(reward: Reward, tokens: SoftTokens, **columns: Any) -> Float[Te
         raise ValueError(
             f"reward {reward.name!r} is not differentiable in the weights of the soft tokens: no gradient path leads "
             "from its result to them (argmax, detach, .item() or decoding cut it). Return a differentiable value "
-            "from `soft`, or use it as a hard reward with a score-function trainer."
+            "from `soft`, or use its hard face with ReinforceTrainer, the score-function trainer."
         )
     return rewards
 
@@ -103,6 +103,11 @@ def as_trl(reward: Reward, tokenizer: PreTrainedTokenizerBase) -> TrlReward:
 
     rewards_for_trl.__name__ = reward.name
     return rewards_for_trl
+
+
+def one_hot_tokens(ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> SoftTokens:
+    """Token ids as soft tokens that end where the mask does, in torch's default dtype."""
+    return SoftTokens(ids[..., None], torch.ones(*ids.shape, 1, device=ids.device), mask)
 
 
 def _right_padded(rows: list[list[int]], pad_id: int) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ Pooling = Literal["mean", "sum"]
 
 
 class TokenLinearReward(nn.Module):
-    """`link(bias + pool_t Σ_k q_tk · w[id_tk])`, tokens pooled by their survival; an empty sequence scores `link(bias)`.
+    """`link(bias + pool_t Σ_k q_tk · w[id_tk])`, tokens pooled by survival; an empty sequence scores `link(bias)`.
 
     Args:
         weight: one number per token id, shape [V].
@@ -96,11 +96,14 @@ class TokenLinearReward(nn.Module):
         Raises:
             ValueError: the file holds something else.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "token_linear" not in metadata:
-                raise ValueError(f"{path} is no token-linear reward: its header has no 'token_linear' settings")
-            return cls(file.get_tensor("weight"), file.get_tensor("bias"), **json.loads(metadata["token_linear"]))
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if "token_linear" not in metadata:
+                    raise ValueError(f"{path} is no token-linear reward: its header has no 'token_linear' settings")
+                return cls(file.get_tensor("weight"), file.get_tensor("bias"), **json.loads(metadata["token_linear"]))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no token-linear reward: it is no safetensors file ({error})") from error
 
     def _token_values(self, ids: Int[Tensor, "..."], mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Tensor:
         """The weight of each id; ids of masked steps may be anything."""

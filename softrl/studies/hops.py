@@ -37,7 +37,7 @@ class Row:
 
     relaxation: str
     setting: str
-    sweeps: int
+    sweeps: float
     cosine: float
     relative_error: float
     norm: float
@@ -48,11 +48,7 @@ class Row:
 def compare(trainer: "SoftRolloutTrainer", relaxation_name: str, num_prompts: int, num_steps: int) -> list[Row]:
     """Gradients of one rollout under every setting, printed as they come."""
     evaluation_mode(trainer.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.01, generator=generator)
+    draw_adapters(trainer.model)
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     batch = trainer.prompt_batch([trainer.train_dataset[row] for row in range(num_prompts)], num_samples=1)
     relaxation = make_relaxation(relaxation_name, trainer.relaxation.truncation)
@@ -83,11 +79,20 @@ def compare(trainer: "SoftRolloutTrainer", relaxation_name: str, num_prompts: in
         )
         row = rows[-1]
         print(
-            f"{row.relaxation:>16} {row.setting:>13} {row.sweeps:>6} {row.cosine:>8.4f} {row.relative_error:>11.4f} "
-            f"{row.norm:>9.4g} {row.first_adjoint:>9.4g} {row.seconds:>8.1f}",
+            f"{row.relaxation:>16} {row.setting:>13} {row.sweeps:>6.1f} {row.cosine:>8.4f} "
+            f"{row.relative_error:>11.4f} {row.norm:>9.4g} {row.first_adjoint:>9.4g} {row.seconds:>8.1f}",
             flush=True,
         )
     return rows
+
+
+def draw_adapters(model: torch.nn.Module) -> None:
+    """LoRA's second matrices start at zero, where the first ones have no gradient; draw them, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.01, generator=generator)
 
 
 def header() -> str:

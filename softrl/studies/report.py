@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from softrl.assets import write_atomically
+from softrl.studies.entropy_bound import plot_adjoint
 from softrl.trainers.evaluation import Sample, summary
+from softrl.trainers.soft_rollout_trainer import ADJOINT_NORM_AT
 
 _ROWS = (
     ("reward/hard", "reward (hard, trained on)", "{:.3f}", "reward_se"),
@@ -92,6 +94,35 @@ def load_samples(path: Path) -> list[Sample]:
     """Read what `save_samples` wrote."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     return [Sample(**{**row, "tokens": tuple(row["tokens"])}) for row in rows]
+
+
+def plot_run(log_history: list[dict[str, float]], folder: Path) -> list[Path]:
+    """`curves.png` and, where adjoint norms were logged, `adjoint.png`; nothing for a run without a logged step."""
+    written = []
+    if any("reward/hard" in row for row in log_history):
+        written.append(folder / "curves.png")
+        plot_training(log_history, written[-1])
+    norms = adjoint_norms(log_history)
+    if norms:
+        written.append(folder / "adjoint.png")
+        plot_adjoint(norms, written[-1])
+    return written
+
+
+def adjoint_norms(log_history: list[dict[str, float]]) -> list[tuple[int, dict[int, float]]]:
+    """‖λ_t‖ at the logged positions (from 0), by training step."""
+    rows = [
+        (
+            row["step"],
+            {
+                int(key.removeprefix(ADJOINT_NORM_AT)): value
+                for key, value in row.items()
+                if key.startswith(ADJOINT_NORM_AT)
+            },
+        )
+        for row in log_history
+    ]
+    return [(step, norms) for step, norms in rows if norms]
 
 
 def plot_training(log_history: list[dict[str, float]], path: Path) -> None:

@@ -55,16 +55,18 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    has_memory = any(row.peak_mib is not None for row in rows)
+    figure, axes = plt.subplots(1, 2 + has_memory, figsize=(11 + 5 * has_memory, 5), layout="constrained")
     names = [name for name in CONTENDERS if any(row.contender == name for row in rows)]
     colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
     for name in names:
         own = [row for row in rows if row.contender == name]
         style = {"color": colours[name], "marker": "o", "linewidth": 2.5 if name in (FLOOR, RLOO) else 1.2}
         axes[0].plot([row.num_steps for row in own], [row.total for row in own], label=name, **style)
-        with_memory = [row for row in own if row.peak_mib is not None]
-        axes[2].plot([row.num_steps for row in with_memory], [row.peak_mib for row in with_memory], **style)
-    for axis, title in ((axes[0], "seconds a step"), (axes[2], "peak memory of a step, MiB")):
+        if has_memory:
+            known = [row for row in own if row.peak_mib is not None]
+            axes[2].plot([row.num_steps for row in known], [row.peak_mib for row in known], **style)
+    for axis, title in zip((axes[0], *axes[2:]), ("seconds a step", "peak memory of a step, MiB"), strict=False):
         axis.set(title=title, xlabel="T, tokens", xscale="log", yscale="log")
         axis.set_xticks(sorted({row.num_steps for row in rows}), sorted({row.num_steps for row in rows}), minor=False)
         axis.minorticks_off()

@@ -1,6 +1,8 @@
 """Trainers on top of TRL; a `<name>_config.py` beside each `<name>_trainer.py`."""
 
+from softrl.trainers.rollout_config import RolloutConfig
+from softrl.trainers.rollout_trainer import RolloutTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 
-__all__ = ["SoftRolloutConfig", "SoftRolloutTrainer"]
+__all__ = ["RolloutConfig", "RolloutTrainer", "SoftRolloutConfig", "SoftRolloutTrainer"]

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 from softrl.masking import per_sequence_sum
 from softrl.models.policy import Policy, evaluating
 from softrl.objectives.token_terms import token_outputs
+from softrl.trainers.metrics import sample_std
 from softrl.types import Prompts
 
 Judge = Callable[[list[str]], Float[Tensor, "N"]]
@@ -18,7 +19,10 @@ Judge = Callable[[list[str]], Float[Tensor, "N"]]
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion and its numbers; KL and NLL are None without a reference."""
+    """One completion and its numbers; KL and NLL are None without a reference.
+
+    `reward` is the weighted sum of `rewards`, which are by name.
+    """
 
     prompt_index: int
     prompt: str
@@ -29,6 +33,7 @@ class Sample:
     judge: float | None
     kl_nats: float | None
     base_nll_nats: float | None
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 def distinct_n(sequences: list[tuple[int, ...]], n: int) -> float:
@@ -60,16 +65,21 @@ def summary(samples: list[Sample]) -> dict[str, float]:
     metrics = {
         "reward": rewards.mean().item(),
         "reward/hard": rewards.mean().item(),
-        "reward_std": _std(rewards),
-        "reward_se": _std(rewards) / len(samples) ** 0.5,
+        "reward_std": sample_std(rewards),
+        "reward_se": sample_std(rewards) / len(samples) ** 0.5,
         "distinct_1": distinct_n([sample.tokens for sample in samples], 1),
         "distinct_2": distinct_n([sample.tokens for sample in samples], 2),
         "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(not sample.ended for sample in samples) / len(samples),
     }
+    for name in samples[0].rewards:
+        values = torch.tensor([sample.rewards[name] for sample in samples], dtype=torch.float64)
+        metrics |= {f"rewards/{name}/mean": values.mean().item(), f"rewards/{name}/std": sample_std(values)}
     if all(sample.judge is not None for sample in samples):
         scores = torch.tensor([sample.judge for sample in samples], dtype=torch.float64)
-        metrics |= {"judge": scores.mean().item(), "judge_se": _std(scores) / len(samples) ** 0.5}
+        metrics |= {"judge": scores.mean().item(), "judge_se": sample_std(scores) / len(samples) ** 0.5}
     if all(sample.kl_nats is not None for sample in samples):
         kl = torch.tensor([sample.kl_nats for sample in samples], dtype=torch.float64)
         nll = torch.tensor([sample.base_nll_nats for sample in samples], dtype=torch.float64)
@@ -79,7 +89,3 @@ def summary(samples: list[Sample]) -> dict[str, float]:
             "base_perplexity": (nll.sum() / sum(lengths)).exp().item(),
         }
     return metrics
-
-
-def _std(values: Tensor) -> float:
-    return values.std().item() if len(values) > 1 else 0.0

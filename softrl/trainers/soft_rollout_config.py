@@ -1,178 +1,123 @@
 """Configuration of `SoftRolloutTrainer`."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
+from torch import nn
 
-from softrl.estimators.adjoint import AdjointSettings
+from softrl.estimators.system import METHODS, AdjointSettings
+from softrl.models.policy import Policy
 from softrl.tokens.relaxation import Relaxation, make_relaxation
 from softrl.tokens.truncation import Truncation
-from softrl.trainers._bridge import BaseConfig
+from softrl.trainers.rollout_config import RolloutConfig
+
+_AFTER_THE_RUN = 10**9  # any number of steps that no schedule exceeds
 
 
 @dataclass
-class SoftRolloutConfig(BaseConfig):
+class SoftRolloutConfig(RolloutConfig):
     r"""
     Configuration class for the [`SoftRolloutTrainer`].
 
-    This class includes only the parameters that are specific to soft rollouts. For a full list of training arguments,
-    please refer to the [`~transformers.TrainingArguments`] documentation. Names that TRL has too mean what they mean
-    there.
+    This class includes only the parameters that are specific to soft rollouts. Model, data, sampler, objective and
+    logging are those of [`RolloutConfig`]. A pathwise gradient needs no group, unlike RLOO or GRPO, so
+    `num_generations` may stay 1.
 
     Parameters:
-        > Parameters that control the model and the data
-
-        model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of the
-            trainer is a string. The dtype defaults to float32.
-        max_prompt_length (`int`, *optional*):
-            Longer prompts lose tokens on the left. By default a prompt that does not fit the context is an error.
-        shuffle_dataset (`bool`, *optional*, defaults to `True`):
-            Whether to shuffle the prompts.
-
-        > Parameters that control the rollout
-
-        num_generations (`int`, *optional*, defaults to `1`):
-            Samples a prompt (G); the prompt is prefilled once. `per_device_train_batch_size` counts samples and must
-            be divisible by it. A pathwise gradient needs no group, unlike RLOO or GRPO.
-        max_completion_length (`int`, *optional*, defaults to `32`):
-            Tokens to generate (T).
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature; part of the policy's definition, at sampling and at scoring.
-        top_k (`int`, *optional*, defaults to `64`):
-            Kept ids of a soft token (K).
-        top_p, min_p (`float`, *optional*, default to `1.0` and `0.0`):
-            Nucleus rules of the sampler; off by default.
-
         > Parameters that control the relaxation
 
         relaxation (`str`, *optional*, defaults to `"st_gumbel"`):
             `"softmax"`, `"gumbel_softmax"`, `"straight_through"` or `"st_gumbel"`.
-        relaxation_temperature (`float`, *optional*, defaults to `1.0`):
-            τ of the weights.
-        max_entropy_nats (`float`, *optional*):
-            Bound the entropy of every soft token instead, in (0, log K).
+        top_k (`int` or `str`, *optional*, defaults to `64`):
+            Kept ids of a soft token (K); a number or a schedule such as `"linear:128->32"`.
+        relaxation_temperature (`float` or `str`, *optional*, defaults to `1.0`):
+            τ of the weights; a number or a schedule such as `"exponential:2.0->0.5@200"`.
+        max_entropy_nats (`float` or `str`, *optional*):
+            Bound the entropy of every soft token instead, in (0, log K); a number or a schedule.
         detach_temperature (`bool`, *optional*, defaults to `False`):
             Treat the entropy bound's temperature as a constant in the backward pass.
         norm_correction (`str`, *optional*, defaults to `"none"`):
             `"none"`, `"inverse_l2"` or `"match"`: restore the norm that a mean of embeddings loses.
+        soft_stopping (`bool`, *optional*, defaults to `True`):
+            Weigh every token by its survival, so that the gradient knows what stopping earlier or later would change;
+            `False` ends sequences by their hard token only.
 
         > Parameters that control the cotangents
 
-        cotangent_method (`str`, *optional*, defaults to `"parallel"`):
-            `"parallel"`, `"sequential"` or `"autograd"`.
+        cotangent_method (`str`, *optional*, defaults to `"auto"`):
+            `"parallel"`, `"blocked"`, `"sequential"`, `"autograd"`, or `"auto"`: `"parallel"` for straight-through
+            tokens and with `hops`, `"sequential"` for mixtures, with an entropy bound `"blocked"`.
         hops (`int`, *optional*):
             Stop the parallel method after this many sweeps; 0 detaches the feedback.
-        feedback_discount (`float`, *optional*, defaults to `1.0`):
-            γ per feedback edge; 1 is exact.
+        feedback_discount (`float` or `str`, *optional*, defaults to `1.0`):
+            γ per feedback edge; 1 is exact. A number or a schedule.
         adjoint_clip (`float`, *optional*):
             Bound of the adjoint's norm at each step.
         adjoint_tol (`float`, *optional*, defaults to `1e-2`):
-            Relative residual at which the parallel sweeps stop.
-
-        > Parameters that control the objective
-
-        reward_weights (`list[float]`, *optional*):
-            One weight a reward; 1 by default.
-        beta (`float`, *optional*, defaults to `0.05`):
-            Weight of KL(π‖π_ref), nats a token, summed over the completion. 0 loads no reference model.
-        entropy_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the policy's entropy, nats a token.
-
-        > Parameters that control logging
-
-        log_completions (`bool`, *optional*, defaults to `False`):
-            Print a few completions with their rewards at every logging step.
-        num_completions_to_print (`int`, *optional*, defaults to `4`):
-            How many.
+            Relative residual at which sweeps stop.
+        block_length (`int`, *optional*, defaults to `32`):
+            Steps a block of the blocked method.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
-
-    # Defaults of TrainingArguments and TRL that rewards and rollouts want otherwise
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Keep the data set's columns: rewards may read them."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Use bf16 mixed precision. By default on where a GPU supports it, off on a CPU."},
-    )
-
-    model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when `model` is a string."}
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longer prompts lose tokens on the left; by default they are an error."}
-    )
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the prompts."})
-
-    num_generations: int = field(default=1, metadata={"help": "Samples a prompt (G)."})
-    max_completion_length: int = field(default=32, metadata={"help": "Tokens to generate (T)."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_k: int = field(default=64, metadata={"help": "Kept ids of a soft token (K)."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus mass of the sampler."})
-    min_p: float = field(default=0.0, metadata={"help": "Smallest probability relative to the largest one."})
+    _SCHEDULED: ClassVar[dict[str, bool]] = RolloutConfig._SCHEDULED | {
+        "top_k": True, "relaxation_temperature": False, "max_entropy_nats": False, "feedback_discount": False,
+    }  # fmt: skip
 
     relaxation: str = field(
         default="st_gumbel",
         metadata={"help": "Relaxation.", "choices": ["softmax", "gumbel_softmax", "straight_through", "st_gumbel"]},
     )
-    relaxation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the weights."})
-    max_entropy_nats: float | None = field(default=None, metadata={"help": "Entropy bound of a soft token."})
+    # A number or a schedule, four of them; see `RolloutConfig.beta` for the annotation.
+    top_k: str = field(default=64, metadata={"help": "Kept ids of a soft token (K)."})
+    relaxation_temperature: str = field(default=1.0, metadata={"help": "Temperature of the weights."})
+    max_entropy_nats: str | None = field(default=None, metadata={"help": "Entropy bound of a soft token."})
     detach_temperature: bool = field(default=False, metadata={"help": "Entropy bound's temperature as a constant."})
     norm_correction: str = field(
         default="none", metadata={"help": "Norm of mixtures.", "choices": ["none", "inverse_l2", "match"]}
     )
+    soft_stopping: bool = field(default=True, metadata={"help": "Weigh every token by its survival."})
 
     cotangent_method: str = field(
-        default="parallel",
-        metadata={"help": "How cotangents are solved for.", "choices": ["parallel", "sequential", "autograd"]},
+        default="auto", metadata={"help": "How cotangents are solved for.", "choices": list(METHODS)}
     )
     hops: int | None = field(default=None, metadata={"help": "Sweeps of the parallel method; 0 detaches."})
-    feedback_discount: float = field(default=1.0, metadata={"help": "Discount per feedback edge."})
+    feedback_discount: str = field(default=1.0, metadata={"help": "Discount per feedback edge."})
     adjoint_clip: float | None = field(default=None, metadata={"help": "Bound of the adjoint's norm at each step."})
-    adjoint_tol: float = field(default=1e-2, metadata={"help": "Residual at which the parallel sweeps stop."})
-
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight a reward."})
-    beta: float = field(default=0.05, metadata={"help": "KL weight, per nat and token. 0 loads no reference model."})
-    entropy_coef: float = field(default=0.0, metadata={"help": "Entropy weight, per nat and token."})
-
-    log_completions: bool = field(default=False, metadata={"help": "Print completions at every logging step."})
-    num_completions_to_print: int = field(default=4, metadata={"help": "How many completions to print."})
+    adjoint_tol: float = field(default=1e-2, metadata={"help": "Residual at which sweeps stop."})
+    block_length: int = field(default=32, metadata={"help": "Steps a block of the blocked method."})
 
     def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
-        if self.num_generations < 1:
-            raise ValueError(f"num_generations must be at least 1, got {self.num_generations}")
-        if self.per_device_train_batch_size % self.num_generations:
-            raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be divisible "
-                f"by num_generations={self.num_generations}, so that a prompt's samples stay on one device"
-            )
-        # Both raise on a number outside its range, before a model is loaded.
-        self.make_relaxation()
-        self.adjoint_settings()
+        # They raise on a number outside its range, before a model is loaded; values in between lie between the ends.
+        for step in (0, _AFTER_THE_RUN):
+            self.make_relaxation(step, step)
+            self.adjoint_settings(step, step)
 
-    def make_truncation(self) -> Truncation:
-        """The sampler's nucleus rules, and K."""
-        return Truncation(self.top_k, self.top_p, self.min_p)
+    def make_truncation(self, step: int = 0, max_steps: int = 1) -> Truncation:
+        """The sampler's nucleus rules, and K at a step of the run."""
+        top_k = self.values_at(step, max(max_steps, 1))["top_k"]
+        return Truncation(top_k, self.top_p, self.min_p)
 
-    def make_relaxation(self) -> Relaxation:
-        """The relaxation that these arguments describe."""
+    def make_policy(self, model: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
+        """A model as the policy, or the reference, with the norm correction of its mixtures."""
+        return Policy(model, self.temperature, self.norm_correction, context)
+
+    def make_relaxation(self, step: int = 0, max_steps: int = 1) -> Relaxation:
+        """The relaxation at a step of the run."""
+        values = self.values_at(step, max(max_steps, 1))
         return make_relaxation(
             self.relaxation,
-            self.make_truncation(),
-            self.relaxation_temperature,
-            self.max_entropy_nats,
+            self.make_truncation(step, max_steps),
+            float(values["relaxation_temperature"]),
+            None if self.max_entropy_nats is None else float(values["max_entropy_nats"]),
             self.detach_temperature,
         )
 
-    def adjoint_settings(self) -> AdjointSettings:
-        """How cotangents are solved for."""
+    def adjoint_settings(self, step: int = 0, max_steps: int = 1) -> AdjointSettings:
+        """How cotangents are solved for at a step of the run."""
+        discount = float(self.values_at(step, max(max_steps, 1))["feedback_discount"])
         return AdjointSettings(
-            self.cotangent_method, self.hops, self.feedback_discount, self.adjoint_clip, self.adjoint_tol
+            self.cotangent_method, self.hops, discount, self.adjoint_clip, self.adjoint_tol, self.block_length
         )

@@ -2,7 +2,15 @@
 
 import pytest
 
-from softrl.cli.train import checkpoint_to_resume, find_recipe, load_judge, load_prompts, load_reward, main, parse
+from softrl.cli.train import (
+    build_trainer,
+    checkpoint_to_resume,
+    find_recipe,
+    load_judge,
+    load_prompts,
+    main,
+    parse,
+)
 
 pytestmark = pytest.mark.slow  # imports trl
 
@@ -55,8 +63,6 @@ def test_missing_things_are_named(tmp_path, capsys):
     assert "no recipe 'nothing'" in capsys.readouterr().err
     assert main(["--config"]) == 2
     assert "--config needs" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="is neither 'sentiment', a file, nor a dotted path"):
-        load_reward("sentimnt", "smollm2-135m")
     with pytest.raises(ValueError, match=r"judge: cannot import 'no_such_module\.judge'"):
         load_judge("no_such_module.judge")
     assert load_judge("none") is None
@@ -104,10 +110,37 @@ def test_prefix_goes_before_every_prompt(tmp_path):
     assert sorted([*train["prompt"], *test["prompt"]]) == [f"Well: line {i}" for i in range(8)]
 
 
-def test_a_saved_reward_is_a_reward_name(tmp_path):
-    import torch
+def test_conversations_are_prompts_but_take_no_prefix(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"prompt": [{"role": "user", "content": "hello"}]}\n' * 8)
+    arguments, _, _ = parse(["--dataset_name", str(path)])
+    train, _ = load_prompts(arguments, None)
+    assert train[0]["prompt"] == [{"role": "user", "content": "hello"}]
+    arguments, _, _ = parse(["--dataset_name", str(path), "--prompt_prefix", "Well: "])
+    with pytest.raises(ValueError, match=r"prompt_prefix='Well: ' goes before text, but the prompts of .* are conv"):
+        load_prompts(arguments, None)
 
-    from softrl.rewards.token_linear import TokenLinearReward
 
-    TokenLinearReward(torch.arange(5.0), 0.5).save(tmp_path / "reward.safetensors")
-    assert torch.equal(load_reward(str(tmp_path / "reward.safetensors"), "any").weight, torch.arange(5.0))
+def test_what_the_model_arguments_say_reaches_the_trainer(tmp_path, monkeypatch):
+    from trainers.tiny import word_tokenizer
+
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "prompts.txt").write_text("w4\nw5\nw6\nw7\n")
+    given = {}
+    monkeypatch.setattr("softrl.trainers.SoftRolloutTrainer", lambda **arguments: given.update(arguments))
+    recipe = [
+        "--model_name_or_path",
+        str(tmp_path),
+        "--dataset_name",
+        str(tmp_path / "prompts.txt"),
+        "--judge",
+        "none",
+    ]
+    build_trainer(*parse([*recipe, "--dtype", "bfloat16"]))
+    assert given["quantization_config"] is None
+    assert given["peft_config"] is None
+    assert given["args"].model_init_kwargs == {"dtype": "bfloat16", "revision": "main"}
+    assert given["processing_class"].padding_side == "left"
+    build_trainer(*parse([*recipe, "--load_in_4bit", "true", "--use_peft", "true", "--lora_r", "3"]))
+    assert given["quantization_config"].load_in_4bit is True
+    assert given["peft_config"].r == 3

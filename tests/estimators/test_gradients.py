@@ -18,7 +18,7 @@ from helpers import (
     with_float64_norms,
 )
 
-from softrl.estimators.adjoint import solve_cotangents
+from softrl.estimators.adjoint import chosen_method, solve_cotangents
 from softrl.estimators.pathwise import PathwiseObjective, pathwise_estimate, surrogate
 from softrl.estimators.system import AdjointSettings, ForwardPass
 from softrl.models.policy import Policy
@@ -43,7 +43,16 @@ def relative(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def make(model_name, relaxation_name, tied=True, float64_norms=False, eos_ids=(EOS,), soft_stopping=False, **settings):
+def make(
+    model_name,
+    relaxation_name,
+    tied=True,
+    float64_norms=False,
+    eos_ids=(EOS,),
+    soft_stopping=False,
+    num_steps=T,
+    **settings,
+):
     model = ALL_MODELS[model_name](tied=tied)
     reference = ALL_MODELS[model_name](seed=3, tied=tied).requires_grad_(False)
     if float64_norms:  # stock Llama norms round to float32 inside, which a difference quotient magnifies
@@ -52,7 +61,7 @@ def make(model_name, relaxation_name, tied=True, float64_norms=False, eos_ids=(E
     relaxation = relaxation_of(relaxation_name, **settings)
     terms = DirectTerms(kl_weight=0.3, entropy_weight=0.2, reference=Policy(reference, TEMPERATURE))
     rollout = soft_rollout(
-        policy, prompts(), relaxation, random_for(3), T, eos_ids=eos_ids, soft_stopping=soft_stopping
+        policy, prompts(), relaxation, random_for(3), num_steps, eos_ids=eos_ids, soft_stopping=soft_stopping
     )
     return policy, relaxation, terms, rollout, reference
 
@@ -276,3 +285,39 @@ def test_a_model_with_neither_cache_nor_mask(relaxation_name):
     for method in ("parallel", "autograd"):
         actual = estimated_gradient(policy, relaxation, terms, rollout, EXACT[method], PairReward())
         assert relative(actual, expected) < 1e-6, method
+
+
+@pytest.mark.parametrize(
+    ("relaxation", "settings", "num_steps", "replayable", "method"),
+    [
+        ("st_gumbel", {}, 500, True, "parallel"),
+        ("gumbel_softmax", {"hops": 2}, 500, True, "parallel"),
+        ("gumbel_softmax", {}, 500, False, "parallel"),
+        ("gumbel_softmax", {}, 5, True, "sequential"),
+        ("softmax", {"bound": 0.5}, 32, True, "parallel"),
+        ("softmax", {"bound": 0.5}, 33, True, "blocked"),
+        ("softmax", {"bound": 0.5, "method": "sequential"}, 33, True, "sequential"),
+    ],
+)
+def test_what_auto_chooses(relaxation, settings, num_steps, replayable, method):
+    made = relaxation_of(relaxation, max_entropy_nats=settings.pop("bound", None))
+    assert chosen_method(AdjointSettings(**settings), made, num_steps, replayable) == method
+
+
+def test_blocks_bound_the_sweeps_and_stop_at_the_tolerance():
+    policy, relaxation, terms, rollout, _ = make("gpt2", "gumbel_softmax", eos_ids=(), num_steps=17)
+    objective = PathwiseObjective(policy, rollout, PairReward(), terms, {})
+    exact = solve_cotangents(policy, rollout, relaxation, objective, AdjointSettings("sequential"))
+
+    def solved(**settings):
+        return solve_cotangents(policy, rollout, relaxation, objective, AdjointSettings(**settings))
+
+    whole = solved(method="blocked", block_length=4, tol=0.0)
+    assert whole.sweeps == 4.0
+    assert whole.residual == 0.0, "as many sweeps as steps are exact"
+    assert relative(whole.weights, exact.weights) < 1e-9
+    loose = solved(method="blocked", block_length=8, tol=1e-3)
+    assert 1.0 < loose.sweeps < 8.0
+    assert 0.0 < loose.residual <= 1e-3
+    assert 1e-9 < relative(loose.weights, exact.weights) < 1e-2
+    assert solved(method="parallel", tol=1e-9).sweeps > 8.0

@@ -93,7 +93,7 @@ head = nn.Linear(4, 1)
     ],
 )
 def test_a_reward_without_a_path_to_the_weights_is_found(cut):
-    with pytest.raises(ValueError, match=r"'given' is not differentiable in the weights.*score-function trainer"):
+    with pytest.raises(ValueError, match=r"'given' is not differentiable in the weights.*ReinforceTrainer"):
         checked_soft(Given(cut), soft_tokens(requires_grad=True))
     checked_soft(Given(cut), soft_tokens(requires_grad=False))
     with torch.no_grad():

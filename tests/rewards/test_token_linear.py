@@ -146,6 +146,9 @@ def test_loading_something_else(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors is no token-linear reward"):
         TokenLinearReward.load(tmp_path / "other.safetensors")
+    (tmp_path / "rewards.py").write_text("def reward(tokens): ...\n")
+    with pytest.raises(ValueError, match=r"rewards\.py is no token-linear reward: it is no safetensors file"):
+        TokenLinearReward.load(tmp_path / "rewards.py")
 
 
 def test_as_trl_gives_the_hard_reward():

@@ -5,58 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import EOS, PairReward, V, gpt2, llama
+from helpers import PairReward, V, gpt2, llama
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from trainers.tiny import dataset, logs_of, make, parameters_of
 
 from softrl.rewards.token_linear import TokenLinearReward
-from softrl.trainers import SoftRolloutConfig, SoftRolloutTrainer
 
 pytestmark = pytest.mark.slow  # imports trl
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    vocabulary = {"<bos>": 0, "<eos>": EOS, "<pad>": 2, **{f"w{i}": i for i in range(3, V)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
-
-
-def dataset(count=8):
-    return Dataset.from_dict(
-        {"prompt": [" ".join(f"w{3 + (i * 7 + j) % 20}" for j in range(1 + i % 4)) for i in range(count)]}
-    )
-
-
-def make(tmp_path, tokenizer, model=None, reward=None, train=None, peft_config=None, judge=None, **settings):
-    defaults = {
-        "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "max_completion_length": 5, "top_k": 7,
-        "learning_rate": 0.05, "lr_scheduler_type": "constant", "optim": "sgd", "max_steps": 3, "logging_steps": 1,
-        "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "adjoint_tol": 1e-10,
-        "gradient_checkpointing": False, "beta": 0.1, "entropy_coef": 0.05, "max_grad_norm": 1.0,
-    }  # fmt: skip
-    return SoftRolloutTrainer(
-        model=model if model is not None else llama(),
-        reward_funcs=reward if reward is not None else PairReward(),
-        args=SoftRolloutConfig(**{**defaults, **settings}),
-        train_dataset=dataset() if train is None else train,
-        eval_dataset=dataset(3),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        judge=judge,
-    )
-
-
-def parameters_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
-
-
-def logs_of(trainer, key):
-    return [row[key] for row in trainer.state.log_history if key in row]
 
 
 def test_loss_gradient_equals_the_reference_method(tmp_path, tokenizer):

@@ -1,0 +1,170 @@
+"""From what a user of TRL passes in `reward_funcs` to rewards: names, files, models and functions.
+
+Left out: TRL's reward functions of texts, whose values cannot be differentiated. They are refused by name.
+"""
+
+import copy
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from softrl.rewards.base import Reward
+from softrl.rewards.fit import sentiment_reward
+from softrl.rewards.function import FunctionReward, name_of
+from softrl.rewards.reward_model import SequenceClassifierReward
+from softrl.rewards.token_linear import TokenLinearReward
+
+_PARTS_OF_A_REWARD = ("name", "vocab_size", "soft", "hard")
+_TRL_PARAMETERS = ("completions", "completion_ids", "prompts")
+_ACCEPTED = (
+    "a reward object (see softrl.rewards.base.Reward), a sequence classifier of transformers, a differentiable "
+    "function f(tokens: SoftTokens, **columns) -> Tensor [N], or a name (str)"
+)
+
+
+def resolve_rewards(
+    reward_funcs: Any, tokenizer: PreTrainedTokenizerBase, policy_name: str | None, vocab_size: int | None = None
+) -> list[Reward]:
+    """Rewards from everything that `reward_funcs` may hold.
+
+    Args:
+        reward_funcs: one item or a list of them:
+            - an object with a soft and a hard face, taken as it is;
+            - "sentiment", the built-in classifier, fitted for the policy's tokenizer;
+            - a file that `TokenLinearReward.save` wrote;
+            - a hub name or local folder of a sequence classifier in the policy's vocabulary, or the model itself;
+            - a differentiable function of soft tokens, see `FunctionReward`;
+            - a dotted path "module.attribute" to any of these, or to a class or function that makes one when it is
+              called without arguments. Modules in the working directory are found.
+        tokenizer: the policy's.
+        policy_name: its short name, folder or hub name; None if the policy was not loaded by name.
+        vocab_size: number of token ids of the policy; default: at least as many as the tokenizer has.
+    Returns:
+        Rewards with different names: a second "length" is called "length_2".
+    Raises:
+        ValueError: nothing was given, a name means nothing, or a classifier has another vocabulary than the policy.
+        TypeError: an item is no reward and cannot be made one, a reward function of texts among them.
+    """
+    items = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if not items:
+        raise ValueError("reward_funcs is empty; pass at least one reward")
+    return _with_different_names([_resolved(item, tokenizer, policy_name, vocab_size) for item in items])
+
+
+def _resolved(
+    item: Any, tokenizer: PreTrainedTokenizerBase, policy_name: str | None, vocab_size: int | None
+) -> Reward:
+    if isinstance(item, str):
+        return _named(item, tokenizer, policy_name, vocab_size)
+    if isinstance(item, type):
+        raise TypeError(f"reward_funcs has the class {item.__name__}; pass an object of it: {item.__name__}(...)")
+    if isinstance(item, Reward):
+        return item
+    if isinstance(item, nn.Module) and type(item).__name__.endswith("ForSequenceClassification"):
+        return _in_vocabulary(SequenceClassifierReward(item, tokenizer), tokenizer, vocab_size)
+    if isinstance(item, nn.Module) or hasattr(item, "soft") or hasattr(item, "hard"):
+        missing = [part for part in _PARTS_OF_A_REWARD if not hasattr(item, part)]
+        raise TypeError(
+            f"reward_funcs has a {type(item).__name__}, which is no reward: it lacks {', '.join(missing)}. Implement "
+            "softrl.rewards.base.Reward: name, vocab_size, soft(tokens, **columns) -> [N], differentiable in "
+            "tokens.weights, and hard(ids, mask, **columns) -> [N]"
+        )
+    if callable(item):
+        return _of_function(item)
+    raise TypeError(f"reward_funcs has a {type(item).__name__}; pass {_ACCEPTED}")
+
+
+def _of_function(function: Any) -> FunctionReward:
+    of_texts = [name for name in inspect.signature(function).parameters if name in _TRL_PARAMETERS]
+    if of_texts:
+        raise TypeError(
+            f"reward function {name_of(function)!r} is a function of {', '.join(of_texts)}: its value cannot be "
+            "differentiated in soft tokens. Use ReinforceTrainer, the score-function trainer, which takes such "
+            "functions as they are; or pass a differentiable f(tokens: SoftTokens, **columns) -> Tensor [N]"
+        )
+    return FunctionReward(function)
+
+
+def _named(text: str, tokenizer: PreTrainedTokenizerBase, policy_name: str | None, vocab_size: int | None) -> Reward:
+    """A reward by short name, file, folder, dotted path or hub name."""
+    if text == "sentiment":
+        return sentiment_reward(policy_name) if policy_name else sentiment_reward(tokenizer, vocab_size=vocab_size)
+    if Path(text).is_file():
+        return TokenLinearReward.load(text)
+    if _is_dotted_path(text) and not Path(text).is_dir():
+        found = imported(text, "reward_funcs")
+        return _resolved(found() if _is_factory(found) else found, tokenizer, policy_name, vocab_size)
+    try:
+        model = SequenceClassifierReward.from_pretrained(text, tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            f"reward_funcs: {text!r} is neither 'sentiment', a file saved by TokenLinearReward, nor a dotted path to "
+            f"an object, so it was taken for the name of a model: {error}"
+        ) from error
+    return _in_vocabulary(model, tokenizer, vocab_size)
+
+
+def _is_dotted_path(text: str) -> bool:
+    return "." in text and all(part.isidentifier() for part in text.split("."))
+
+
+def imported(text: str, argument: str) -> Any:
+    """The object that a dotted path names; modules in the working directory are found.
+
+    Raises:
+        ValueError: there is none; the message names the argument that the path was given for.
+    """
+    module_name, _, attribute = text.rpartition(".")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does, for objects in the working directory
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{argument}: cannot import {text!r} ({error}); check the spelling and the folder") from error
+
+
+def _is_factory(found: Any) -> bool:
+    """Whether calling it without arguments is how to get a reward: a class, or a function that needs none."""
+    if isinstance(found, type):
+        return True
+    if isinstance(found, Reward | nn.Module) or not callable(found):
+        return False
+    return not any(
+        parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        for parameter in inspect.signature(found).parameters.values()
+    )
+
+
+def _in_vocabulary(
+    reward: SequenceClassifierReward, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
+) -> SequenceClassifierReward:
+    known = reward.vocab_size or 0
+    if (vocab_size is None and known < len(tokenizer)) or (vocab_size is not None and known != vocab_size):
+        raise ValueError(
+            f"reward model {reward.name!r} knows {known} token ids, the policy has {vocab_size or len(tokenizer)}: "
+            "their vocabularies differ. Soft tokens are of the policy's vocabulary, so the reward model needs the "
+            "policy's tokenizer: take one that was trained from the same base model"
+        )
+    return reward
+
+
+def _with_different_names(rewards: list[Reward]) -> list[Reward]:
+    """The rewards, copies of those whose name is taken by an earlier one: metrics are logged under their names."""
+    taken: set[str] = set()
+    different = []
+    for reward in rewards:
+        name, number = reward.name, 1
+        while name in taken:
+            number += 1
+            name = f"{reward.name}_{number}"
+        if name != reward.name:
+            reward = copy.copy(reward)  # the user's own object keeps its name
+            reward.name = name
+        taken.add(name)
+        different.append(reward)
+    return different

@@ -1,0 +1,183 @@
+"""Configuration that every trainer shares which samples completions and scores them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from softrl.models.policy import Policy
+from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
+from softrl.tokens.truncation import Truncation
+from softrl.trainers._bridge import BaseConfig
+
+
+@dataclass
+class RolloutConfig(BaseConfig):
+    r"""
+    Configuration class for the [`RolloutTrainer`]; the configurations of the other trainers extend it.
+
+    This class includes only the parameters that are specific to rollouts. For a full list of training arguments,
+    please refer to the [`~transformers.TrainingArguments`] documentation. Names that TRL has too mean what they mean
+    there. `metric_for_best_model` defaults to `"eval_reward"` where transformers would look for a loss: an evaluation
+    has none.
+
+    Parameters:
+        > Parameters that control the model and the data
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of the
+            trainer is a string. The dtype defaults to float32.
+        max_prompt_length (`int`, *optional*):
+            Longer prompts lose tokens on the left. By default a prompt that does not fit the context is an error.
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the prompts.
+
+        > Parameters that control the rollout
+
+        num_generations (`int`, *optional*, defaults to `1`):
+            Samples a prompt (G); the prompt is prefilled once. `per_device_train_batch_size` counts samples and must
+            be divisible by it.
+        max_completion_length (`int`, *optional*, defaults to `32`):
+            Tokens to generate (T).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; part of the policy's definition, at sampling and at scoring.
+        top_p, min_p (`float`, *optional*, default to `1.0` and `0.0`):
+            Nucleus rules of the sampler; off by default.
+
+        > Parameters that control the objective
+
+        reward_weights (`list[float]`, *optional*):
+            One weight a reward; 1 by default.
+        beta (`float` or `str`, *optional*, defaults to `0.05`):
+            Weight of KL(π‖π_ref), nats a token, summed over the completion; a number or a schedule, see
+            `softrl.objectives.schedules`. 0 loads no reference model.
+        target_kl (`float`, *optional*):
+            Hold the KL at this target, nats a token: `beta` is then where its weight starts.
+        kl_horizon (`int`, *optional*, defaults to `10`):
+            Steps in which a KL that is off target by a fifth or more moves its weight by a factor e^0.2.
+        entropy_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the policy's entropy, nats a token.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Completions that did not end within `max_completion_length` contribute nothing to the loss. It stays a
+            mean over all completions, as in TRL's RLOOTrainer: masking some does not make the others count more.
+
+        > Parameters that control logging
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            At every logging step, print a few completions of the last step with their rewards, write all of them to
+            `output_dir/completions`, and send them as a table to trackio and wandb where `report_to` names them.
+        num_completions_to_print (`int`, *optional*, defaults to `4`):
+            How many to print.
+    """
+
+    _SCHEDULED: ClassVar[dict[str, bool]] = {"beta": False}  # name, and whether it is a whole number
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Defaults of TrainingArguments and TRL that rewards and rollouts want otherwise
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Keep the data set's columns: rewards may read them."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Use bf16 mixed precision. By default on where a GPU supports it, off on a CPU."},
+    )
+
+    model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when `model` is a string."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longer prompts lose tokens on the left; by default they are an error."}
+    )
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the prompts."})
+
+    num_generations: int = field(default=1, metadata={"help": "Samples a prompt (G)."})
+    max_completion_length: int = field(default=32, metadata={"help": "Tokens to generate (T)."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus mass of the sampler."})
+    min_p: float = field(default=0.0, metadata={"help": "Smallest probability relative to the largest one."})
+
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight a reward."})
+    # A number or a schedule. Annotated as text because HfArgumentParser knows one type an argument.
+    beta: str = field(default=0.05, metadata={"help": "KL weight, per nat and token. 0 loads no reference model."})
+    target_kl: float | None = field(default=None, metadata={"help": "KL to hold, nats a token; beta then adapts."})
+    kl_horizon: int = field(default=10, metadata={"help": "Steps in which the KL weight moves by a factor e^0.2."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Entropy weight, per nat and token."})
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave completions that did not end out of the loss."}
+    )
+
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print, write and report completions at every logging step."}
+    )
+    num_completions_to_print: int = field(default=4, metadata={"help": "How many completions to print."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_reward"
+        super().__post_init__()
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations must be at least 1, got {self.num_generations}")
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be divisible "
+                f"by num_generations={self.num_generations}, so that a prompt's samples stay on one device"
+            )
+        for name, schedule in self.schedules().items():
+            if schedule.is_constant:  # the command line gives numbers as text
+                setattr(self, name, schedule.first)
+        # Both raise on a number outside its range, before a model is loaded.
+        self.make_truncation()
+        self.make_kl_control()
+
+    def schedules(self) -> dict[str, Schedule]:
+        """The settings that may change over training, by name; without those that are not set.
+
+        Raises:
+            ValueError: a value is neither a number nor a schedule.
+        """
+        given = {name: getattr(self, name) for name in self._SCHEDULED}
+        return {
+            name: parse_schedule(value, name, is_integer=self._SCHEDULED[name])
+            for name, value in given.items()
+            if value is not None
+        }
+
+    def values_at(self, step: int, max_steps: int) -> dict[str, int | float]:
+        """The values of `schedules` at a step of the run."""
+        return {name: schedule.at(step, max_steps) for name, schedule in self.schedules().items()}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the KL ever has a weight."""
+        return max(self.schedules()["beta"].ends()) > 0.0
+
+    def make_kl_control(self) -> AdaptiveKL | None:
+        """What adapts the KL weight; None without a target.
+
+        Raises:
+            ValueError: a number outside its range, or a schedule of beta together with a target.
+        """
+        beta = self.schedules()["beta"]
+        if min(beta.ends()) < 0.0:
+            raise ValueError(f"beta must not be negative, got {self.beta!r}")
+        if self.target_kl is None:
+            return None
+        if not beta.is_constant:
+            raise ValueError(
+                f"target_kl={self.target_kl} adapts beta by itself; give beta a number, not {self.beta!r}"
+            )
+        return AdaptiveKL(beta.first, self.target_kl, self.kl_horizon)
+
+    def make_truncation(self) -> Truncation:
+        """The sampler's nucleus rules; K is a soft token's, and hard rollouts do not apply it."""
+        return Truncation(1, self.top_p, self.min_p)
+
+    def make_policy(self, model: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
+        """A model as the policy, or the reference, that these arguments describe."""
+        return Policy(model, self.temperature, context=context)

@@ -1,0 +1,378 @@
+"""`RolloutTrainer`: what all trainers share that sample completions from a policy and score them.
+
+Left out: the loss, streamed data sets, several evaluation samples a prompt.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from jaxtyping import Float
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from softrl.models.policy import check_policy
+from softrl.objectives.token_terms import DirectTerms
+from softrl.rewards.base import WeightedRewards
+from softrl.rewards.resolve import resolve_rewards
+from softrl.rollouts.hard import hard_rollout
+from softrl.tokens.noise import SequenceRandom
+from softrl.trainers._bridge import BaseTrainer
+from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch, prompt_text
+from softrl.trainers.completions import CompletionLog
+from softrl.trainers.evaluation import Judge, Sample, kl_and_base_nll, summary
+from softrl.trainers.loading import (
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+    model_name,
+    reference_policy,
+    with_adapter,
+)
+from softrl.trainers.metrics import MetricLog, named_metrics
+from softrl.trainers.model_card import CITATION, CardFacts, finish_card
+from softrl.trainers.rollout_config import RolloutConfig
+from softrl.trainers.sampling import GroupSampler
+
+_KL_CONTROL = "adaptive_kl"  # its key in the trainer's state
+_EVALUATION_STEP = -1  # random streams of evaluations: the same draws before, during and after training
+
+
+class RolloutTrainer(BaseTrainer):
+    """
+    Base class of the trainers that sample completions and score them: everything but the loss.
+
+    A subclass names its configuration in `_config_class`, builds what else it needs in `set_up`, and gives
+    `compute_loss`, which is a mean over the micro-batch of values that `loss_weights` multiplies, and reports through
+    `hard_scores` and `record`. With respect to `~transformers.Trainer` this class overrides
+    `_set_signature_columns_if_needed`, `_get_train_sampler`, `get_eval_dataloader`, `_prepare_inputs`, `training_step`
+    (timing only), `evaluation_loop`, `log`, `save_model` and `create_model_card` (model card).
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy: a name (hub, local folder, or `"smollm2-135m"`), a causal LM, or a PEFT model around one.
+        reward_funcs (`Reward`, `str`, `Callable`, [`~transformers.PreTrainedModel`], or a `list` of them):
+            Objects with a soft and a hard face, names, sequence classifiers in the policy's vocabulary, or
+            differentiable functions of soft tokens, see [`~softrl.rewards.resolve.resolve_rewards`].
+        args ([`RolloutConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Data set with a column `"prompt"`, of texts or of conversations; other columns reach the rewards.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Held-out prompts of the same form.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The policy's tokenizer. If `None`, it is loaded from the model's name.
+        callbacks, optimizers:
+            As in [`~transformers.Trainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization used when `model` is loaded from a name. Combine with `peft_config` for QLoRA.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model. The reference is then the model with its adapters off.
+        judge (`Callable[[list[str]], Tensor]`, *optional*):
+            Scores decoded completions; logged, never trained on.
+    """
+
+    loss_is_scaled_for_ga = False  # the loss is a mean over this micro-batch
+    _tag_names = ("trl", "softrl")
+    _name = "Rollout"
+    _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
+    _config_class: type[RolloutConfig] = RolloutConfig
+    _last_phase = "update"  # what the seconds of a step are called that no `timed` accounts for
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: Any,
+        args: RolloutConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        judge: Judge | None = None,
+    ):
+        if args is None:
+            args = self._config_class(f"{model_name(model)}-{self._name}")
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if processing_class is None:
+            processing_class = load_tokenizer(model, args)
+        if train_dataset is not None:
+            train_dataset = indexed(train_dataset, "train_dataset", processing_class)
+        eval_dataset = _indexed_for_evaluation(eval_dataset, processing_class)
+
+        policy_name = model if isinstance(model, str) else model.config._name_or_path
+        set_seed(args.seed)  # adapters are initialised at random
+        model = with_adapter(load_model(model, args, quantization_config), peft_config)
+        self.judge = judge
+        self.policy = args.make_policy(model)
+        check_policy(self.policy)
+        rewards = resolve_rewards(reward_funcs, processing_class, policy_name, self.policy.vocab_size)
+        self.rewards = WeightedRewards(rewards, args.reward_weights)
+        self.reference = reference_policy(model, args)
+        self.kl_control = args.make_kl_control()
+        self.terms = DirectTerms(
+            float(args.values_at(0, 1)["beta"]), args.entropy_coef, self.reference if args.needs_reference else None
+        )
+        self.truncation = args.make_truncation()
+        self._check_vocabularies()
+        self.set_up(args)
+
+        self._metrics = MetricLog()
+        self._step_kl: list[float] = []  # nats a token, of the step's micro-batches
+        self.last_evaluation: list[Sample] = []
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.eos_ids = eos_token_ids(model, processing_class)
+        step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._completions = CompletionLog(step_size)
+        for module in (*self.rewards.rewards, *([self.reference.model] if self.reference else [])):
+            if isinstance(module, nn.Module):
+                module.to(self.accelerator.device)
+        self.model_accepts_loss_kwargs = False
+
+    def set_up(self, args: RolloutConfig) -> None:
+        """Build and check what a method needs beside policy, reference and rewards; they are there already."""
+
+    def _check_vocabularies(self) -> None:
+        self.truncation.check_vocabulary(self.policy.vocab_size)
+        for reward in self.rewards.rewards:
+            if reward.vocab_size is not None and reward.vocab_size != self.policy.vocab_size:
+                raise ValueError(
+                    f"reward {reward.name!r} knows {reward.vocab_size} token ids, the policy has "
+                    f"{self.policy.vocab_size}: their vocabularies differ. Use a reward made for the policy's "
+                    "tokenizer"
+                )
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", "prompt_index"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        return GroupSampler(
+            len(dataset), args.num_generations, args.shuffle_dataset, seed, lambda: int((self.state.epoch or 0) + 1e-6)
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if not isinstance(eval_dataset, str):
+            eval_dataset = _indexed_for_evaluation(eval_dataset, self.processing_class)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return inputs
+
+    def prompt_batch(self, rows: list[dict[str, Any]], num_samples: int) -> PromptBatch:
+        """Tokenised, padded prompts of rows in which each prompt stands `num_samples` times in a row."""
+        limit = self.args.max_prompt_length
+        return prompt_batch(rows, self.processing_class, num_samples, limit, self.accelerator.device)
+
+    def random_for(self, batch: PromptBatch) -> SequenceRandom:
+        """The random streams of a training batch, one a sequence, keyed by seed, step, prompt and sample."""
+        args = self.args
+        return SequenceRandom.keyed(
+            args.seed, self.state.global_step, batch.indices, args.num_generations, self.accelerator.device
+        )
+
+    # Training
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._metrics.timed_step():
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # the last micro-batch of the step
+            self._adapt_kl_weight()
+        return loss
+
+    def follow_schedules(self) -> dict[str, float]:
+        """Set what changes over training to its values at this step; returns those that do, for the logs."""
+        values = self.args.values_at(self.state.global_step, self.state.max_steps)
+        if self.kl_control is not None:
+            saved = self.state.stateful_callbacks.get(_KL_CONTROL)
+            if saved is not None:  # of the last step, or of the checkpoint that is gone on from
+                self.kl_control.load_state_dict(saved)
+            values["beta"] = self.kl_control.weight
+        self.terms = replace(self.terms, kl_weight=float(values["beta"]))
+        changing = {name for name, schedule in self.args.schedules().items() if not schedule.is_constant}
+        changing |= set() if self.kl_control is None else {"beta"}
+        return {name: float(values[name]) for name in changing}
+
+    def _adapt_kl_weight(self) -> None:
+        measured, self._step_kl = self._step_kl, []
+        if self.kl_control is not None and measured:
+            self.kl_control.update(sum(measured) / len(measured))
+            # What lies here is saved with every checkpoint, and restored from it.
+            self.state.stateful_callbacks[_KL_CONTROL] = self.kl_control.state_dict()
+
+    def loss_weights(self, completions: Completions) -> Float[Tensor, "N"]:
+        """What multiplies each sequence's loss: 0 where `mask_truncated_completions` leaves it out, else 1."""
+        if self.args.mask_truncated_completions:
+            return completions.ended.float()
+        return torch.ones_like(completions.ended, dtype=torch.float32)
+
+    @torch.no_grad()
+    def hard_scores(self, batch: PromptBatch, completions: Completions) -> dict[str, Float[Tensor, "N"]]:
+        """Every reward of the hard tokens as `rewards/<name>`, and their weighted sum as `reward/hard`."""
+        each = self.rewards.hard_each(completions.tokens, completions.mask, **batch.columns)
+        each = [values.float() for values in each]
+        total = sum(weight * values for weight, values in zip(self.rewards.weights, each, strict=True))
+        names = [reward.name for reward in self.rewards.rewards]
+        return {f"rewards/{name}": values for name, values in zip(names, each, strict=True)} | {"reward/hard": total}
+
+    @torch.no_grad()
+    def record(self, batch: PromptBatch, completions: Completions, values: dict[str, Float[Tensor, "N"]]) -> None:
+        """Add a micro-batch to the metrics and the completions, gathered over processes.
+
+        Args:
+            batch: its prompts.
+            completions: what was sampled for them.
+            values: `hard_scores`, and whatever else is logged as a mean over sequences.
+        """
+        mask = completions.mask
+        values = {**values, "length": mask.sum(-1).float(), "clipped": (~completions.ended).float()}
+        texts = decode(self.processing_class, completions.tokens, mask) if self._texts_wanted else []
+        if self.judge is not None:
+            values["judge"] = self.judge(texts).to(values["length"])
+        stacked = torch.stack([value.float() for value in values.values()], 1)
+        gathered = dict(zip(values, self.accelerator.gather(stacked).unbind(1), strict=True))
+        tokens = (batch.prompts.mask.sum() * self.args.num_generations + mask.sum()).float()
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+        if "kl" in gathered:
+            self._step_kl.append(gathered["kl"].mean().item())
+        self._metrics.add(named_metrics(gathered, self.args.num_generations))
+        if self.args.log_completions:
+            shown = [name for name in gathered if name == "judge" or name.startswith("rewards/")]
+            scores = {name.removeprefix("rewards/"): gathered[name].tolist() for name in shown}
+            self._completions.add(gather_object(batch.columns["prompt"]), gather_object(texts), scores)
+
+    @property
+    def _texts_wanted(self) -> bool:
+        return self.judge is not None or self.args.log_completions
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        in_training = "loss" in logs and bool(self._metrics)  # not an evaluation's log or the final summary
+        if in_training:
+            averages = self._metrics.drained(self.args.gradient_accumulation_steps, self._last_phase)
+            logs = {**logs, **averages, "num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+        if in_training and self.args.log_completions and self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / "completions"
+            self._completions.report(
+                self.state.global_step, self.args.num_completions_to_print, folder, self.args.report_to
+            )
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """One hard sample a prompt, with the same random streams in every evaluation; metrics of the decoded text."""
+        args = self.args
+        samples: list[Sample] = []
+        for rows in dataloader:
+            samples += gather_object(self.evaluate_rows(rows))
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        by_index = {sample.prompt_index: sample for sample in samples}  # ranks may be padded with repeated rows
+        self.last_evaluation = [by_index[index] for index in sorted(by_index)]
+        metrics = summary(self.last_evaluation)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(self.last_evaluation),
+        )
+
+    @torch.no_grad()
+    def evaluate_rows(self, rows: list[dict[str, Any]]) -> list[Sample]:
+        """Sample and measure one completion for every row."""
+        batch = self.prompt_batch(rows, 1)
+        random = SequenceRandom.keyed(self.args.seed, _EVALUATION_STEP, batch.indices, 1, self.accelerator.device)
+        with self.accelerator.autocast():
+            tokens, mask = hard_rollout(
+                self.policy, batch.prompts, self.truncation, random, self.args.max_completion_length,
+                eos_ids=self.eos_ids,
+            )  # fmt: skip
+            completions = Completions.of(tokens, mask, self.eos_ids)
+            scores = {name: values.tolist() for name, values in self.hard_scores(batch, completions).items()}
+            kl, nll = [None] * len(rows), [None] * len(rows)
+            if self.reference is not None:
+                measured = kl_and_base_nll(self.policy, self.reference, batch.prompts, tokens, mask)
+                kl, nll = (values.tolist() for values in measured)
+        texts = decode(self.processing_class, tokens, mask)
+        judged = [None] * len(rows) if self.judge is None else self.judge(texts).tolist()
+        prompts, rewards = batch.columns["prompt"], scores.pop("reward/hard")
+        by_name = {name.removeprefix("rewards/"): values for name, values in scores.items()}
+        return [
+            Sample(
+                batch.indices[i], prompt_text(prompts[i]), texts[i], tuple(tokens[i][mask[i]].tolist()),
+                completions.ended[i].item(), rewards[i], judged[i], kl[i], nll[i],
+                {name: values[i] for name, values in by_name.items()},
+            )
+            for i in range(len(rows))
+        ]  # fmt: skip
+
+    # Model card
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's card, with what it gets wrong for our models put right; see `softrl.trainers.model_card`."""
+        name = model_name or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
+        super().create_model_card(name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        facts = CardFacts(
+            name,
+            self.hub_model_id,
+            self.model.config._name_or_path,
+            isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+            self.train_dataset is not None and not isinstance(self.train_dataset[0]["prompt"], str),
+            self.args,
+        )
+        finish_card(Path(self.args.output_dir) / "README.md", facts)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self.create_model_card()  # PEFT has written one that names the base model by its folder on this machine
+        card = Path(self.args.output_dir) / "README.md"
+        elsewhere = output_dir is not None and Path(output_dir).resolve() != card.parent.resolve()
+        if elsewhere and self.is_world_process_zero():
+            shutil.copy(card, Path(output_dir) / card.name)
+
+
+def _identity(rows: list[Any]) -> list[Any]:
+    return rows
+
+
+def _indexed_for_evaluation(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """An evaluation set, or several by name, with row indices."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: indexed(each, f"eval_dataset[{name!r}]", tokenizer) for name, each in dataset.items()}
+    return indexed(dataset, "eval_dataset", tokenizer)
