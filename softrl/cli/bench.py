@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     rollout.add_argument("--horizons", nargs="+", type=int, default=[16, 32, 64, 128], help="T (16 32 64 128)")
     rollout.add_argument("--contenders", nargs="+", help="their names (all)")
     rollout.add_argument("--rounds", type=int, default=3, help="measured steps of each, alternating (3)")
+    rollout.add_argument("--append", action="store_true", help="keep the rows that the CSV holds already")
     rollout.add_argument("--memory", action="store_true", help="peak memory too, a process for each")
     rollout.add_argument(
         "--output", type=Path, default=Path("runs/rollout.csv"), help="CSV and PNG (runs/rollout.csv)"
@@ -86,6 +88,7 @@ def _blocks(given: argparse.Namespace) -> int:
 
 
 def _rollout(given: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     from softrl.studies.rollout import CONTENDERS, Setting
     from softrl.studies.rollout_report import run
 
@@ -93,6 +96,6 @@ def _rollout(given: argparse.Namespace) -> int:
     if unknown := set(contenders) - set(CONTENDERS):
         raise ValueError(f"--contenders: {sorted(unknown)} are none of {list(CONTENDERS)}")
     setting = Setting(given.model, given.dtype, given.use_peft, given.beta)
-    run(setting, given.horizons, contenders, given.rounds, given.memory, given.output)
+    run(setting, given.horizons, contenders, given.rounds, given.memory, given.output, given.append)
     print(f"Written to {given.output} and {given.output.with_suffix('.png')}.")
     return 0

@@ -1,5 +1,6 @@
 """`softrl bench rollout`: run the contenders of `rollout.py` over horizons; a table, a CSV and a figure."""
 
+import csv
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,21 @@ PHASES = ("generation", "cotangents", "gradient")
 
 
 def run(
-    setting: Setting, horizons: Iterable[int], contenders: list[str], rounds: int, with_memory: bool, output: Path
+    setting: Setting,
+    horizons: Iterable[int],
+    contenders: list[str],
+    rounds: int,
+    with_memory: bool,
+    output: Path,
+    append: bool = False,
 ) -> list[Row]:
-    """Measure every contender at every horizon; the CSV is rewritten after each horizon, the figure lies beside it."""
+    """Measure every contender at every horizon; the CSV is rewritten after each horizon, the figure lies beside it.
+
+    With `append` the rows that the CSV holds stay; measure the same setting then.
+    """
     if setting.beta > 0.0:
         contenders = [name for name in contenders if name not in NAIVE]
-    rows: list[Row] = []
+    rows = read(output) if append else []
     for num_steps in horizons:
         bench = Bench(setting, num_steps)
         measured = measure(bench, contenders, rounds)
@@ -30,6 +40,20 @@ def run(
         write_csv(rows, output)
         plot(rows, output.with_suffix(".png"))
     return rows
+
+
+def read(path: Path) -> list[Row]:
+    """Rows that `run` wrote; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [_row(cells) for cells in csv.DictReader(file)]
+
+
+def _row(cells: dict[str, str]) -> Row:
+    numbers = {name: float(cells[name]) for name in ("total", *PHASES)}
+    memory = float(cells["peak_mib"]) if cells["peak_mib"] else None
+    return Row(cells["contender"], int(cells["num_steps"]), rounds=int(cells["rounds"]), peak_mib=memory, **numbers)
 
 
 def table(rows: list[Row]) -> str:
