@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     rollout.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model (float32)")
     rollout.add_argument("--use_peft", action="store_true", help="LoRA on all linear layers instead of all parameters")
     rollout.add_argument("--beta", type=float, default=0.0, help="KL weight (0; the naive contenders have none)")
+    rollout.add_argument("--prompts", type=int, default=4, help="B; there are four samples of each (4)")
     rollout.add_argument("--horizons", nargs="+", type=int, default=[16, 32, 64, 128], help="T (16 32 64 128)")
     rollout.add_argument("--contenders", nargs="+", help="their names (all)")
     rollout.add_argument("--rounds", type=int, default=3, help="measured steps of each, alternating (3)")
@@ -95,7 +96,7 @@ def _rollout(given: argparse.Namespace) -> int:
     contenders = given.contenders or list(CONTENDERS)
     if unknown := set(contenders) - set(CONTENDERS):
         raise ValueError(f"--contenders: {sorted(unknown)} are none of {list(CONTENDERS)}")
-    setting = Setting(given.model, given.dtype, given.use_peft, given.beta)
+    setting = Setting(given.model, given.dtype, given.use_peft, given.beta, given.prompts)
     run(setting, given.horizons, contenders, given.rounds, given.memory, given.output, given.append)
     print(f"Written to {given.output} and {given.output.with_suffix('.png')}.")
     return 0

@@ -77,3 +77,17 @@ def test_curves_are_a_png(tmp_path):
     plot_training([*rows, {"step": 3, "train_loss": 0.0}], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_a_run_leaves_its_figures(tmp_path):
+    from softrl.studies.report import adjoint_norms, plot_run
+
+    logs = [
+        {"step": 1, "reward/hard": 0.1, "adjoint/norm_at/0": 2.0, "adjoint/norm_at/7": 0.5, "adjoint/norm": 1.0},
+        {"step": 2, "reward/hard": 0.2, "adjoint/norm_at/0": 1.0, "adjoint/norm_at/7": 0.25},
+        {"step": 2, "train_runtime": 3.0},
+    ]
+    assert adjoint_norms(logs) == [(1, {0: 2.0, 7: 0.5}), (2, {0: 1.0, 7: 0.25})]
+    assert plot_run(logs, tmp_path) == [tmp_path / "curves.png", tmp_path / "adjoint.png"]
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+    assert plot_run([{"step": 2, "train_runtime": 3.0}], tmp_path / "none") == []
