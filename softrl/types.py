@@ -95,7 +95,7 @@ class Rollout:
     weights: Float[Tensor, "N T K"]
     fed: Float[Tensor, "N T K"]
     mask: Bool[Tensor, "N T"]
-    entropy: Float[Tensor, "N T"]  # of the sampler's distribution, nats
+    entropy: Float[Tensor, "N T"]  # of the policy at its temperature, before nucleus rules, nats
     eos_ids: tuple[int, ...] = ()  # not empty: stopping is soft
 
     @property

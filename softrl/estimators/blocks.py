@@ -88,14 +88,15 @@ def _block(
     weights = system.direct[:, after].clone()
     weights[:, -1:] += system.feedback(adjoint[:, start + length : start + length + 1], start + length)
     cotangents = system.by_hidden[:, after] + system.pulled(weights, start + 1)
-    raw = state.pull(hidden, embeds, cotangents.to(hidden.dtype))
+    raw = state.pull(hidden, embeds, cotangents.to(hidden.dtype), is_last=length == 1)
     found = clipped(raw, settings.adjoint_clip)
     change, residual, sweeps = found, 0.0, 1
     while sweeps < length:
         increment = torch.zeros_like(weights)
         increment[:, :-1] = system.feedback(change[:, 1:], start + 1)
         cotangents = system.pulled(increment, start + 1)
-        raw = raw + state.pull(hidden, embeds, cotangents.to(hidden.dtype), with_later=False)
+        is_last = sweeps + 1 == length
+        raw = raw + state.pull(hidden, embeds, cotangents.to(hidden.dtype), with_later=False, is_last=is_last)
         new = clipped(raw, settings.adjoint_clip)
         residual, change, found, sweeps = relative_change(new, found), new - found, new, sweeps + 1
         if residual <= system.tol:

@@ -30,8 +30,8 @@ class AdjointSettings:
     """How the cotangents are solved for.
 
     Args:
-        method: "blocked", "sequential" (blocks of one step), "parallel", "autograd", or "auto", which chooses between
-            "parallel" and "blocked", see `adjoint.chosen_method`.
+        method: "parallel", "blocked", "sequential" (blocks of one step), "autograd", or "auto", which chooses one of
+            the first three, see `adjoint.chosen_method`.
         hops: with "parallel" (or "auto", which then means it): stop after this many sweeps, i.e. keep gradient paths
             through at most so many feedback edges; 0 is the detached estimator, None solves to `tol`.
         feedback_discount: γ in [0, 1], weighs a path by γ to the number of feedback edges on it; 1 is exact.
@@ -150,7 +150,10 @@ class System:
     @property
     def tol(self) -> float:
         """The residual to stop at: the settings' one, or what the model's precision can reach if that is more."""
-        return max(self.settings.tol, _ROUNDING_FLOOR * torch.finfo(self.policy.dtype).eps)
+        dtypes, device = [self.policy.dtype], self.hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtypes.append(torch.get_autocast_dtype(device))
+        return max(self.settings.tol, _ROUNDING_FLOOR * max(torch.finfo(dtype).eps for dtype in dtypes))
 
     def pulled(self, cotangents: Float[Tensor, "N L K"], start: int = 0) -> Float[Tensor, "N L D"]:
         """`(∂p/∂h)ᵀ a` of the steps from `start` on, in chunks of positions."""

@@ -65,6 +65,7 @@ class ReplayableState(DecodeState):
         embeds: Float[Tensor, "N L D"],
         cotangents: Float[Tensor, "N L D"],
         with_later: bool = True,
+        is_last: bool = False,
     ) -> Float[Tensor, "N L D"]:
         """Cotangents of a replayed block's `embeds`; may be called again for the same block.
 
@@ -75,6 +76,7 @@ class ReplayableState(DecodeState):
             hidden, embeds: what `replay` returned and was given.
             cotangents: of the block's hidden states.
             with_later: add what all later blocks ask of this block's state; True exactly once a block.
+            is_last: free the block's graph.
         """
 
 
@@ -124,10 +126,11 @@ class KeyValueState(ReplayableState):
         embeds: Float[Tensor, "N L D"],
         cotangents: Float[Tensor, "N L D"],
         with_later: bool = True,
+        is_last: bool = False,
     ) -> Float[Tensor, "N L D"]:
         # The cache's splices add what later blocks asked of these slots, and book what these ask of earlier ones.
         self.cache.replay.with_later = with_later
-        (grad,) = torch.autograd.grad(hidden, embeds, cotangents, retain_graph=True)
+        (grad,) = torch.autograd.grad(hidden, embeds, cotangents, retain_graph=not is_last)
         return grad
 
 
@@ -174,11 +177,12 @@ class RecurrentState(ReplayableState):
         embeds: Float[Tensor, "N L D"],
         cotangents: Float[Tensor, "N L D"],
         with_later: bool = True,
+        is_last: bool = False,
     ) -> Float[Tensor, "N L D"]:
         assert self.leaf is not None
         later = self.later if with_later else torch.zeros_like(self.later)
         grad, asked = torch.autograd.grad(
-            [hidden, self.after], [embeds, self.leaf], [cotangents, later], retain_graph=True
+            [hidden, self.after], [embeds, self.leaf], [cotangents, later], retain_graph=not is_last
         )
         self.booked += asked
         return grad

@@ -17,7 +17,7 @@ from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Prompts, Rollout, SoftTokens, Support
 
-NEGLIGIBLE_SURVIVAL = 1e-4  # tokens that count less are not generated: they would change J by less than its rounding
+NEGLIGIBLE_SURVIVAL = 1e-6  # tokens that count less are not generated; they and their gradient are left out
 
 
 def check_rollout(policy: Policy, prompts: Prompts, num_steps: int, num_samples: int, random: SequenceRandom) -> None:

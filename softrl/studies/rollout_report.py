@@ -1,6 +1,7 @@
 """`softrl bench rollout`: run the contenders of `rollout.py` over horizons; a table, a CSV and a figure."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Seconds by horizon, where they go at the longest one, and memory where it was measured."""
+    """Seconds by horizon, where they go at the one with most contenders, and memory where it was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,7 +85,7 @@ def plot(rows: list[Row], path: Path) -> None:
     names = [name for name in CONTENDERS if any(row.contender == name for row in rows)]
     colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
     for name in names:
-        own = [row for row in rows if row.contender == name]
+        own = sorted((row for row in rows if row.contender == name), key=lambda row: row.num_steps)
         style = {"color": colours[name], "marker": "o", "linewidth": 2.5 if name in (FLOOR, RLOO) else 1.2}
         axes[0].plot([row.num_steps for row in own], [row.total for row in own], label=name, **style)
         if has_memory:
@@ -95,16 +96,17 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_xticks(sorted({row.num_steps for row in rows}), sorted({row.num_steps for row in rows}), minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    longest = max(row.num_steps for row in rows)
-    shown = [row for row in rows if row.num_steps == longest and row.contender not in NAIVE]
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    counts = Counter(row.num_steps for row in rows)
+    fullest = max(counts, key=lambda num_steps: (counts[num_steps], num_steps))
+    shown = [row for row in rows if row.num_steps == fullest and row.contender not in NAIVE]
     start = [0.0] * len(shown)
     for phase in PHASES:
         widths = [getattr(row, phase) for row in shown]
         axes[1].barh([row.contender for row in shown], widths, left=start, label=phase)
         start = [left + width for left, width in zip(start, widths, strict=True)]
     axes[1].invert_yaxis()
-    axes[1].set(title=f"where the seconds go at T={longest}", xlabel="seconds")
+    axes[1].set(title=f"where the seconds go at T={fullest}", xlabel="seconds")
     axes[1].legend()
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -32,7 +32,8 @@ def mixture_embedding(
     Source: ours.
     """
     weights = weights.to(vectors.dtype)
-    mixed = torch.einsum("...k,...kd->...d", weights, vectors)
+    with torch.autocast(vectors.device.type, enabled=False):  # a one-hot q has to give W[id], in its own precision
+        mixed = torch.einsum("...k,...kd->...d", weights, vectors)
     if norm_correction == "none":
         return mixed
     if norm_correction == "inverse_l2":

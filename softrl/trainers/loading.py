@@ -1,7 +1,9 @@
 """The models of a trainer: the policy by name or as an object, its adapter, its reference, its tokenizer."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,20 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
 def reference_policy(model: nn.Module, args: RolloutConfig) -> Policy | None:
     """The model with its adapters off, or a frozen copy; no copy when nothing needs it."""
     if isinstance(model, PeftModel):
-        return args.make_policy(model, model.disable_adapter)
+        return args.make_policy(model, partial(_without_adapters, model))
     if not args.needs_reference:
         return None
     return args.make_policy(copy.deepcopy(model).eval().requires_grad_(False), nullcontext)
+
+
+@contextmanager
+def _without_adapters(model: PeftModel) -> Iterator[None]:
+    """PEFT makes all active adapters trainable when it switches them on again; here they stay as they were."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with model.disable_adapter():
+        yield
+    for parameter, requires_grad in before.items():
+        parameter.requires_grad_(requires_grad)
 
 
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +41,13 @@ def sample_std(values: Tensor) -> float:
     return values.std().item() if len(values) > 1 else 0.0
 
 
+def _now() -> float:
+    """Seconds, with the GPU's queue empty: its work belongs to the phase that asked for it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class MetricLog:
     """Metrics of the micro-batches since the last log, and where their seconds went."""
 
@@ -63,16 +71,16 @@ class MetricLog:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Time a phase of a micro-batch."""
-        started = time.perf_counter()
+        started = _now()
         yield
-        self._phase_seconds[phase] += time.perf_counter() - started
+        self._phase_seconds[phase] += _now() - started
 
     @contextmanager
     def timed_step(self) -> Iterator[None]:
         """Time a whole micro-batch."""
-        started = time.perf_counter()
+        started = _now()
         yield
-        self._total_seconds += time.perf_counter() - started
+        self._total_seconds += _now() - started
 
     def drained(self, micro_batches_per_step: int, last_phase: str) -> dict[str, float]:
         """Averages over the micro-batches, and seconds an optimizer step; everything starts again from nothing.

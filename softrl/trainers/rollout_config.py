@@ -22,7 +22,8 @@ class RolloutConfig(BaseConfig):
     This class includes only the parameters that are specific to rollouts. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Names that TRL has too mean what they mean
     there. `metric_for_best_model` defaults to `"eval_reward"` where transformers would look for a loss: an evaluation
-    has none.
+    has none. `gradient_checkpointing` defaults to `False`, unlike TRL's: with it the cotangents need a forward pass of
+    their own.
 
     Parameters:
         > Parameters that control the model and the data
@@ -74,6 +75,7 @@ class RolloutConfig(BaseConfig):
     """
 
     _SCHEDULED: ClassVar[dict[str, bool]] = {"beta": False}  # name, and whether it is a whole number
+    _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ()
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults of TrainingArguments and TRL that rewards and rollouts want otherwise
@@ -84,6 +86,9 @@ class RolloutConfig(BaseConfig):
     bf16: bool | None = field(
         default=None,
         metadata={"help": "Use bf16 mixed precision. By default on where a GPU supports it, off on a CPU."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the last phase: less memory, more time."}
     )
 
     model_init_kwargs: dict | str | None = field(
@@ -117,7 +122,9 @@ class RolloutConfig(BaseConfig):
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = (
+                not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
@@ -142,6 +149,9 @@ class RolloutConfig(BaseConfig):
             ValueError: a value is neither a number nor a schedule.
         """
         given = {name: getattr(self, name) for name in self._SCHEDULED}
+        for name, value in given.items():
+            if value is None and name not in self._MAY_BE_NONE:
+                raise ValueError(f"{name} is None; give it a number or a schedule")
         return {
             name: parse_schedule(value, name, is_integer=self._SCHEDULED[name])
             for name, value in given.items()
@@ -172,6 +182,9 @@ class RolloutConfig(BaseConfig):
             raise ValueError(
                 f"target_kl={self.target_kl} adapts beta by itself; give beta a number, not {self.beta!r}"
             )
+        for name, value in (("target_kl", self.target_kl), ("beta", beta.first)):
+            if not value > 0.0:
+                raise ValueError(f"{name} must be positive to hold the KL at a target, got {value}")
         return AdaptiveKL(beta.first, self.target_kl, self.kl_horizon)
 
     def make_truncation(self) -> Truncation:

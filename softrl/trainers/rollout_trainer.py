@@ -215,7 +215,8 @@ class RolloutTrainer(BaseTrainer):
         self.terms = replace(self.terms, kl_weight=float(values["beta"]))
         changing = {name for name, schedule in self.args.schedules().items() if not schedule.is_constant}
         changing |= set() if self.kl_control is None else {"beta"}
-        return {name: float(values[name]) for name in changing}
+        # In an order that all processes share: they gather these by position.
+        return {name: float(value) for name, value in values.items() if name in changing}
 
     def _adapt_kl_weight(self) -> None:
         measured, self._step_kl = self._step_kl, []

@@ -10,6 +10,7 @@ from torch import nn
 from softrl.estimators.system import METHODS, AdjointSettings
 from softrl.models.policy import Policy
 from softrl.tokens.relaxation import Relaxation, make_relaxation
+from softrl.tokens.temperature import check_entropy_bound
 from softrl.tokens.truncation import Truncation
 from softrl.trainers.rollout_config import RolloutConfig
 
@@ -48,7 +49,8 @@ class SoftRolloutConfig(RolloutConfig):
 
         cotangent_method (`str`, *optional*, defaults to `"auto"`):
             `"parallel"`, `"blocked"`, `"sequential"`, `"autograd"`, or `"auto"`: `"parallel"` for straight-through
-            tokens and with `hops`, `"sequential"` for mixtures, with an entropy bound `"blocked"`.
+            tokens, with `hops` and for state-space models, `"sequential"` for mixtures; with an entropy bound
+            `"parallel"` up to `block_length` steps and `"blocked"` beyond.
         hops (`int`, *optional*):
             Stop the parallel method after this many sweeps; 0 detaches the feedback.
         feedback_discount (`float` or `str`, *optional*, defaults to `1.0`):
@@ -64,6 +66,7 @@ class SoftRolloutConfig(RolloutConfig):
     _SCHEDULED: ClassVar[dict[str, bool]] = RolloutConfig._SCHEDULED | {
         "top_k": True, "relaxation_temperature": False, "max_entropy_nats": False, "feedback_discount": False,
     }  # fmt: skip
+    _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ("max_entropy_nats",)
 
     relaxation: str = field(
         default="st_gumbel",
@@ -94,6 +97,9 @@ class SoftRolloutConfig(RolloutConfig):
         for step in (0, _AFTER_THE_RUN):
             self.make_relaxation(step, step)
             self.adjoint_settings(step, step)
+        schedules = self.schedules()
+        if "max_entropy_nats" in schedules:  # the bound has to stay below log K where both change
+            check_entropy_bound(float(max(schedules["max_entropy_nats"].ends())), int(min(schedules["top_k"].ends())))
 
     def make_truncation(self, step: int = 0, max_steps: int = 1) -> Truncation:
         """The sampler's nucleus rules, and K at a step of the run."""

@@ -75,12 +75,13 @@ class SoftRolloutTrainer(RolloutTrainer):
         args, unwrapped = self.args, self.accelerator.unwrap_model(model)
         batch = self.prompt_batch(inputs, args.num_generations)
         scheduled = self.follow_schedules()
+        # An autocast block of its own: weights that it casts without a graph must not be found in phase 3's cache.
+        with self._metrics.timed("rollout"), self.accelerator.autocast():
+            rollout = soft_rollout(
+                self.policy, batch.prompts, self.relaxation, self.random_for(batch), args.max_completion_length,
+                args.num_generations, self.eos_ids, args.soft_stopping,
+            )  # fmt: skip
         with self.accelerator.autocast():
-            with self._metrics.timed("rollout"):
-                rollout = soft_rollout(
-                    self.policy, batch.prompts, self.relaxation, self.random_for(batch), args.max_completion_length,
-                    args.num_generations, self.eos_ids, args.soft_stopping,
-                )  # fmt: skip
             # Until the backward pass is over: checkpointed layers are recomputed in it, and must not draw dropout.
             evaluation_mode(unwrapped, checkpointed=args.gradient_checkpointing)
             if self._shares_a_pass(rollout):
@@ -88,7 +89,7 @@ class SoftRolloutTrainer(RolloutTrainer):
             else:
                 estimate = self._estimate(rollout, batch.columns)
                 output = self._redirect(model, unwrapped, self._surrogate, estimate)
-        completions = hard_completions(rollout, self.eos_ids)
+        completions = hard_completions(rollout, self.eos_ids, args.max_completion_length)
         self._record_step(batch, completions, estimate, output, scheduled)
         return -(output.value * self.loss_weights(completions)).mean()
 
@@ -165,11 +166,13 @@ def shown_positions(num_steps: int) -> list[int]:
     return sorted({round(i * (num_steps - 1) / max(count - 1, 1)) for i in range(count)})
 
 
-def hard_completions(rollout: Rollout, eos_ids: tuple[int, ...]) -> Completions:
+def hard_completions(rollout: Rollout, eos_ids: tuple[int, ...], max_completion_length: int) -> Completions:
     """The hard tokens of a soft rollout: through the first end of sequence, where soft stopping may have gone on.
 
-    A sequence that soft stopping cut off has ended as well, whatever its hard tokens are.
+    A sequence that soft stopping cut off has ended as well, whatever its hard tokens are: by its survival before the
+    last step, or because all sequences of a rollout that stopped early had ended.
     """
     mask = rollout.mask & mask_through_eos(rollout.tokens, eos_ids)
     completions = Completions.of(rollout.tokens, mask, eos_ids)
-    return replace(completions, ended=completions.ended | ~rollout.mask[:, -1])
+    stopped_early = rollout.mask.shape[1] < max_completion_length
+    return replace(completions, ended=completions.ended | ~rollout.mask[:, -1] | stopped_early)

@@ -54,8 +54,8 @@ def test_cotangents_of_the_cache_not_collected(monkeypatch):
 def test_later_blocks_counted_in_every_sweep(monkeypatch):
     pull = KeyValueState.pull
     monkeypatch.setattr(
-        KeyValueState, "pull", lambda state, hidden, embeds, cotangents, with_later=True: pull(
-            state, hidden, embeds, cotangents)
+        KeyValueState, "pull", lambda state, hidden, embeds, cotangents, with_later=True, is_last=False: pull(
+            state, hidden, embeds, cotangents, is_last=is_last)
     )  # fmt: skip
     assert error_of(EXACT["sequential"]) < 1e-6
     assert error_of(EXACT["blocked, 2"]) > 1e-3

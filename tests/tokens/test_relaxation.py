@@ -191,3 +191,12 @@ def test_bad_truncations_are_refused():
         Truncation(50).check_vocabulary(23)
     with pytest.raises(ValueError, match="relaxation must be one of"):
         make_relaxation("gumbel", Truncation(2))
+
+
+def test_one_hot_tokens_feed_their_embedding_exactly_under_autocast():
+    vectors = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    weights = torch.nn.functional.one_hot(torch.tensor([0, 2, 4]), 5).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = mixture_embedding(weights, vectors)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, vectors[torch.arange(3), torch.tensor([0, 2, 4])])

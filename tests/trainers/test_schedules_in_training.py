@@ -52,7 +52,7 @@ def test_constants_are_not_logged_and_text_from_the_command_line_is_a_number(tmp
         ({"feedback_discount": "linear:0->2"}, r"feedback_discount must lie in \[0, 1\], got 2.0"),
         ({"top_k": "linear:8->900"}, "top_k=900 is larger than the vocabulary"),
         ({"beta": "linear:0.1->0.2", "target_kl": 0.1}, "adapts beta by itself"),
-        ({"beta": 0.0, "target_kl": 0.1}, "init must be positive"),
+        ({"beta": 0.0, "target_kl": 0.1}, "beta must be positive to hold"),
     ],
 )
 def test_impossible_schedules_are_named_before_training(tmp_path, settings, message):

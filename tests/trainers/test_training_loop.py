@@ -99,9 +99,31 @@ def test_hard_completions_of_a_soft_rollout():
     one_hot, first = torch.ones(4, 4, 1), torch.zeros(4, 4, dtype=torch.long)
     support = Support(tokens[..., None], 0 * one_hot, one_hot.bool(), first)
     prompts = Prompts(torch.full((4, 1), 3), torch.ones(4, 1, dtype=torch.bool))
-    completions = hard_completions(Rollout(prompts, support, one_hot, one_hot, mask, one_hot[..., 0], (EOS,)), (EOS,))
+    rollout = Rollout(prompts, support, one_hot, one_hot, mask, one_hot[..., 0], (EOS,))
+    completions = hard_completions(rollout, (EOS,), max_completion_length=4)
     assert completions.mask.sum(-1).tolist() == [2, 2, 4, 4]
     assert completions.ended.tolist() == [True, True, False, True]
+    early = hard_completions(rollout, (EOS,), max_completion_length=5)
+    assert early.ended.all(), "a rollout stops before its last step only when every sequence has ended"
+
+
+def test_mixed_precision_trains_every_parameter_along_the_same_gradient(tmp_path, tokenizer):
+    """Under autocast weights are cast and cached; a cast of the rollout, without a graph, must not be used again."""
+
+    def moved(bf16, one_pass):
+        trainer = make(
+            tmp_path, tokenizer, model=llama().float(), max_steps=1, bf16=bf16, adjoint_tol=1e-3,
+            gradient_checkpointing=not one_pass,
+        )  # fmt: skip
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        return {name: (p.detach() - before[name]).flatten() for name, p in trainer.model.named_parameters()}
+
+    exact = moved(bf16=False, one_pass=True)
+    for one_pass in (True, False):
+        rounded = moved(bf16=True, one_pass=one_pass)
+        assert all(change.norm() > 0.0 for change in rounded.values())
+        assert torch.cosine_similarity(torch.cat([*rounded.values()]), torch.cat([*exact.values()]), 0) > 0.95
 
 
 class Watch(TrainerCallback):
