@@ -40,17 +40,18 @@ def blocked(
     state, hidden = _recorded(policy, rollout, embeds, settings.method)
     system = System.linearised(policy, rollout, relaxation, settings, objective, hidden)
     state.start_replay()
-    adjoint = torch.zeros_like(embeds)
+    adjoint, weights = torch.zeros_like(embeds), system.direct.clone()
     residual, passes, last = 0.0, 0, embeds.shape[1] - 1
     for stop in range(last, 0, -length):
         start = max(0, stop - length)
         with torch.enable_grad():
             leaf = embeds[:, start:stop].detach().requires_grad_()
             replayed = policy.replay(state, start, leaf)
-        found, block_residual, sweeps = _block(system, state, leaf, replayed, adjoint, start)
+        found, block_residual, sweeps = _block(system, state, leaf, replayed, weights[:, stop : stop + 1], start)
         adjoint[:, start:stop] = found
+        weights[:, start:stop] += system.feedback(found, start)
         residual, passes = max(residual, block_residual), passes + sweeps * (stop - start)
-    return system.solution(adjoint, residual, passes / max(last, 1))
+    return Cotangents(weights, adjoint, system.by_hidden, residual, passes / max(last, 1))
 
 
 def _recorded(
@@ -76,17 +77,17 @@ def _block(
     state: ReplayableState,
     embeds: Float[Tensor, "N L D"],
     hidden: Float[Tensor, "N L D"],
-    adjoint: Float[Tensor, "N T D"],
+    after_block: Float[Tensor, "N 1 K"],
     start: int,
 ) -> tuple[Float[Tensor, "N L D"], float, int]:
-    """λ of the steps from `start` on, given that of all later ones; its last residual and the number of sweeps.
+    """λ of the steps from `start` on, given all later ones; its last residual and the number of sweeps.
 
-    Embedding t predicts step t+1, so a block's hidden states belong to the steps one later.
+    Embedding t predicts step t+1, so a block's hidden states belong to the steps one later. Of these only the last
+    one's total cotangent is known, `after_block`.
     """
     length, settings = embeds.shape[1], system.settings
     after = slice(start + 1, start + 1 + length)
-    weights = system.direct[:, after].clone()
-    weights[:, -1:] += system.feedback(adjoint[:, start + length : start + length + 1], start + length)
+    weights = torch.cat([system.direct[:, after][:, :-1], after_block], 1)
     cotangents = system.by_hidden[:, after] + system.pulled(weights, start + 1)
     raw = state.pull(hidden, embeds, cotangents.to(hidden.dtype), is_last=length == 1)
     found = clipped(raw, settings.adjoint_clip)

@@ -20,7 +20,7 @@ def parallel(system: System, forward: ForwardPass) -> Cotangents:
         new = clipped(new, settings.adjoint_clip)
         residual = relative_change(new, adjoint)
         adjoint, sweeps = new, sweeps + 1
-        if residual <= system.tol or sweeps == limit:
-            break
         weights = system.direct + system.feedback(adjoint)
-    return system.solution(adjoint, residual, float(sweeps))
+        if residual <= system.tol:
+            break
+    return Cotangents(weights, adjoint, system.by_hidden, residual, float(sweeps))

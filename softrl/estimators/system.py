@@ -178,11 +178,6 @@ class System:
         pulled = self.policy.feedback(ids, fed, adjoint.flatten(0, 1)).unflatten(0, adjoint.shape[:2])
         return self.settings.feedback_discount * pulled
 
-    def solution(self, adjoint: Float[Tensor, "N T D"], residual: float = 0.0, sweeps: float = 1.0) -> Cotangents:
-        """The cotangents that belong to λ."""
-        weights = self.direct + self.feedback(adjoint)
-        return Cotangents(weights, adjoint, self.by_hidden, residual, sweeps)
-
 
 def relative_change(new: Tensor, old: Tensor) -> float:
     """`‖new − old‖ / ‖new‖`; 0 when nothing changed, zero vectors included."""
