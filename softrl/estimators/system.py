@@ -38,6 +38,7 @@ class AdjointSettings:
         adjoint_clip: upper bound of ‖λ_t‖ for every sequence and step; None for no bound.
         tol: with "parallel" and "blocked": stop when the relative residual of the sweeps falls below it, or below four
             times the machine epsilon of the model's dtype (0.03 in bfloat16), which is all that rounding allows.
+            0 makes every sweep that there is: exact up to rounding.
         block_length: with "blocked": steps a block.
     Raises:
         ValueError: unknown method, or a number outside its range; hops together with another method.
@@ -149,7 +150,9 @@ class System:
 
     @property
     def tol(self) -> float:
-        """The residual to stop at: the settings' one, or what the model's precision can reach if that is more."""
+        """The residual to stop at: the settings' one, or what the model's precision can reach; 0 stays 0."""
+        if self.settings.tol == 0.0:
+            return 0.0
         dtypes, device = [self.policy.dtype], self.hidden.device.type
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from trainers.tiny import word_tokenizer
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, Qwen2Config
 from trl import get_peft_config
 
 from softrl.cli.train import find_recipe, parse
@@ -56,12 +56,7 @@ def test_no_two_recipes_write_to_the_same_folder():
 
 
 def tokenizer():
-    vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, V)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
+    return word_tokenizer(vocab_size=V)
 
 
 def prompts(first, count):

@@ -20,7 +20,7 @@ from helpers import (
 
 from softrl.estimators.adjoint import chosen_method, solve_cotangents
 from softrl.estimators.pathwise import PathwiseObjective, pathwise_estimate, surrogate
-from softrl.estimators.system import AdjointSettings, ForwardPass
+from softrl.estimators.system import AdjointSettings, ForwardPass, System
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.rollouts.soft import soft_rollout
@@ -241,6 +241,21 @@ def test_hops_count_feedback_edges():
     assert errors[horizon - 2] > 1e-6, "one sweep too few has to be visible, or the test is too weak"
     assert errors[0] > 1e-1
     assert solved(None).sweeps == horizon - 1
+
+
+def test_tolerance_is_floored_by_the_precision_but_zero_means_every_sweep():
+    policy, relaxation, terms, rollout, _ = make("gpt2", "softmax", eos_ids=(), num_steps=9)
+    hidden = ForwardPass.of(policy, rollout).hidden
+    objective = PathwiseObjective(policy, rollout, PairReward(), terms, {})
+
+    def tolerance(tol):
+        return System.linearised(policy, rollout, relaxation, AdjointSettings(tol=tol), objective, hidden).tol
+
+    assert tolerance(1e-3) == 1e-3
+    assert tolerance(1e-30) == 4.0 * torch.finfo(torch.float64).eps
+    assert tolerance(0.0) == 0.0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tolerance(1e-3) == 4.0 * torch.finfo(torch.bfloat16).eps
 
 
 def test_residual_bounds_the_true_error_here():

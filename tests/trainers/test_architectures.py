@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from trainers.tiny import word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -11,7 +11,6 @@ from transformers import (
     GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     RwkvConfig,
@@ -51,12 +50,7 @@ ARCHITECTURES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, V)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
+    return word_tokenizer(vocab_size=V)
 
 
 def prompts(first, count, lengths):

@@ -12,9 +12,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer(chat_template=None):
+def word_tokenizer(chat_template=None, vocab_size=V):
     """A word a token: `w7` is 7, and the two roles of conversations are the last ids."""
-    words = {f"w{i}": i for i in range(3, V - 2)} | {"user": V - 2, "assistant": V - 1}
+    words = {f"w{i}": i for i in range(3, vocab_size - 2)} | {"user": vocab_size - 2, "assistant": vocab_size - 1}
     vocabulary = {"<bos>": 0, "<eos>": EOS, "<pad>": 2, **words}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
