@@ -134,7 +134,12 @@ class Policy:
 
     @cached_property
     def _keeps_keys_and_values(self) -> bool:
-        return "past_key_values" in self._accepted and num_key_value_layers(self.decoder) is not None
+        return self.cache_argument is not None and num_key_value_layers(self.decoder) is not None
+
+    @cached_property
+    def cache_argument(self) -> str | None:
+        """What the decoder calls its cache: transformers 5.24 renamed it for all models. None if it takes none."""
+        return next((name for name in ("cache", "past_key_values", "cache_params") if name in self._accepted), None)
 
     def embed(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
         """Token embeddings as the model's own module returns them."""
@@ -255,12 +260,11 @@ class Policy:
     def _new_state(self, prompts: Prompts, capacity: int, growing: bool) -> DecodeState:
         if hasattr(self.decoder, "initial_state"):
             return RecurrentState(self.decoder, prompts)
+        if self.cache_argument is None:
+            return PrefixState(self.decoder, prompts)
         if self._keeps_keys_and_values:
-            return KeyValueState(self.decoder, prompts, capacity, growing)
-        for argument in ("past_key_values", "cache_params"):
-            if argument in self._accepted:
-                return HostState(self.decoder, prompts, argument)
-        return PrefixState(self.decoder, prompts)
+            return KeyValueState(self.decoder, prompts, self.cache_argument, capacity, growing)
+        return HostState(self.decoder, prompts, self.cache_argument)
 
     def _refuse_checkpointing(self) -> None:
         if any(

@@ -83,8 +83,9 @@ class ReplayableState(DecodeState):
 class KeyValueState(ReplayableState):
     """Attention keys and values, in our own cache."""
 
-    def __init__(self, decoder: Any, prompts: Prompts, capacity: int, growing: bool = False):
+    def __init__(self, decoder: Any, prompts: Prompts, cache_argument: str, capacity: int, growing: bool = False):
         super().__init__(decoder, prompts)
+        self.cache_argument = cache_argument
         num_layers = num_key_value_layers(decoder)
         assert num_layers is not None
         self.cache = KVCache(num_layers, self.prompt_length + capacity, growing)
@@ -103,8 +104,8 @@ class KeyValueState(ReplayableState):
             inputs_embeds=embeds,
             attention_mask=mask.long(),
             position_ids=positions(mask)[:, -embeds.shape[1] :],
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         )
         return output.last_hidden_state
 

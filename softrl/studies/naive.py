@@ -32,8 +32,8 @@ def transformers_cache_step(
             inputs_embeds=newest,
             attention_mask=mask.long(),
             position_ids=positions(mask)[:, -newest.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
+            **{policy.cache_argument: cache},
         )
         return output.last_hidden_state[:, -1]
 
