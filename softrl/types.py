@@ -5,13 +5,15 @@ tokens a step, V vocabulary, D width. `p` are the weights that are differentiate
 and scored; their derivative is taken to be the same (dq := dp).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softrl.masking import is_any_of, log_survival
+from softrl.masking import is_any_of, log_survival, mask_through_eos
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,38 @@ class Support:
     """What a step draws and what stays constant thereafter: the kept ids, the noise on them and the hard choice.
 
     `noise` is in nats and added to the kept logits; `kept` is False where nucleus rules removed one of the K ids
-    (its weight is then zero: truncation masks weights, never ids); `choice` indexes the K axis.
+    (its weight is then zero: truncation masks weights, never ids); `choice` indexes the K axis. `draws` are further
+    noises on the kept logits, of relaxations that average over several.
     """
 
     ids: Int[Tensor, "*batch K"]
     noise: Float[Tensor, "*batch K"]
     kept: Bool[Tensor, "*batch K"]
     choice: Int[Tensor, "*batch"]
+    draws: Float[Tensor, "*batch S K"] | None = None
 
     def tokens(self) -> Int[Tensor, "*batch"]:
         """The hard token of every step."""
         return self.ids.gather(-1, self.choice[..., None]).squeeze(-1)
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Support":
+        """The same record with every tensor mapped; the function acts on batch axes."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Support(**{name: value if value is None else function(value) for name, value in values.items()})
+
     def at(self, *index: slice | int) -> "Support":
         """The same record at an index of its batch axes."""
-        return Support(self.ids[index], self.noise[index], self.kept[index], self.choice[index])
+        return self.mapped(lambda value: value[index])
+
+    def flat(self) -> "Support":
+        """The same record with its first two batch axes made one."""
+        return self.mapped(lambda value: value.flatten(0, 1))
+
+    @classmethod
+    def stacked(cls, steps: list["Support"]) -> "Support":
+        """Records of single steps, batch axis N, as one with batch axes N, T."""
+        columns: dict[str, Any] = {field.name: [getattr(step, field.name) for step in steps] for field in fields(cls)}
+        return cls(**{name: None if step[0] is None else torch.stack(step, 1) for name, step in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,15 @@ class SoftTokens:
 
 
 @dataclass(frozen=True)
+class HardRollout:
+    """N completions as sampled tokens: all that score-function methods need. `mask` is True through the end."""
+
+    prompts: Prompts  # one row a sequence: already repeated
+    tokens: Int[Tensor, "N T"]
+    mask: Bool[Tensor, "N T"]
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Phase 1: what a policy generated, with all that the gradient phases need in order to replay it.
 
@@ -107,3 +135,8 @@ class Rollout:
     def tokens(self) -> Int[Tensor, "N T"]:
         """The hard token of every step; meaningless where the mask is False."""
         return self.support.tokens()
+
+    @property
+    def hard(self) -> HardRollout:
+        """The hard tokens, through the first end of sequence where soft stopping may have gone on."""
+        return HardRollout(self.prompts, self.tokens, self.mask & mask_through_eos(self.tokens, self.eos_ids))

@@ -6,8 +6,7 @@ its gradient is dJ/dθ, the input embedding's part included. Source: ours (softr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softrl.estimators.adjoint import solve_cotangents
+from softrl.estimators.base import Cost, Problem, UnbiasedFor
 from softrl.estimators.system import AdjointSettings, Cotangents, ForwardPass, recorded_embeds
 from softrl.masking import survival_sum
 from softrl.models.policy import Policy, chunk_length, evaluating
@@ -24,7 +24,7 @@ from softrl.tokens.relaxation import Relaxation
 from softrl.types import Rollout
 
 
-def unbiased_for(relaxation: Relaxation, settings: AdjointSettings) -> Literal["soft"] | None:
+def unbiased_for(relaxation: Relaxation, settings: AdjointSettings) -> UnbiasedFor:
     """Which objective's gradient the estimate is unbiased for: that of soft tokens, or none.
 
     A mixture that is scored and fed back as it is, with exact cotangents, gives the exact derivative for the noise
@@ -189,3 +189,31 @@ def _embedding_term(policy: Policy, estimate: Estimate) -> Float[Tensor, "N"]:
     bounds = [(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
     pieces = [checkpoint(piece_of, start, stop, use_reentrant=False) for start, stop in bounds]
     return torch.cat(pieces).view(rollout.mask.shape).sum(-1)
+
+
+@dataclass(frozen=True)
+class Pathwise:
+    """The pathwise estimator of one relaxation, as trainers and the laboratory use it."""
+
+    relaxation: Relaxation
+    settings: AdjointSettings = field(default_factory=AdjointSettings)
+
+    @property
+    def unbiased_for(self) -> UnbiasedFor:
+        return unbiased_for(self.relaxation, self.settings)
+
+    @property
+    def cost(self) -> Cost:
+        """NaN backward passes where a residual decides how many sweeps there are."""
+        sweeps = float("nan") if self.settings.hops is None else self.settings.hops
+        return Cost(reward_calls=1, forwards=2, backwards=sweeps + 1, gradient_calls=1)
+
+    def estimate(self, problem: Problem, rollout: Rollout, rewards: Float[Tensor, "N"] | None = None) -> Estimate:
+        """Phase 2; the reward's soft face is called here, so `rewards` is not read."""
+        columns = dict(problem.columns)
+        return pathwise_estimate(
+            problem.policy, rollout, self.relaxation, problem.reward, problem.terms, self.settings, columns
+        )
+
+    def surrogate(self, problem: Problem, estimate: Estimate) -> Float[Tensor, "N"]:
+        return surrogate(problem.policy, self.relaxation, estimate, problem.terms, self.settings).value

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softrl.models.policy import Policy, chunk_length
 from softrl.tokens.relaxation import Relaxation
-from softrl.types import Rollout, Support
+from softrl.types import Rollout
 
 METHODS = ("auto", "blocked", "sequential", "parallel", "autograd")
 
@@ -161,7 +161,7 @@ class System:
     def pulled(self, cotangents: Float[Tensor, "N L K"], start: int = 0) -> Float[Tensor, "N L D"]:
         """`(∂p/∂h)ᵀ a` of the steps from `start` on, in chunks of positions."""
         steps = slice(start, start + cotangents.shape[1])
-        support = _flat(self.rollout.support.at(slice(None), steps))
+        support = self.rollout.support.at(slice(None), steps).flat()
         hidden, flat = self.hidden[:, steps].flatten(0, 1), cotangents.flatten(0, 1)
         pieces = []
         size = chunk_length(support.ids.shape[-1] * hidden.shape[-1])
@@ -194,12 +194,3 @@ def clipped(embeds: Float[Tensor, "*batch D"], bound: float | None) -> Float[Ten
         return embeds
     norms = embeds.norm(dim=-1, keepdim=True)
     return embeds * (bound / norms.clamp(min=bound))
-
-
-def _flat(support: Support) -> Support:
-    return Support(
-        support.ids.flatten(0, 1),
-        support.noise.flatten(0, 1),
-        support.kept.flatten(0, 1),
-        support.choice.flatten(0, 1),
-    )

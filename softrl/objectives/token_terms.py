@@ -15,11 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from softrl.masking import survival_sum
 from softrl.models.policy import Policy, chunk_length
 from softrl.tokens.divergences import entropy, kl_divergence
+from softrl.tokens.truncation import Truncation, nucleus
 
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """Per position: logits of the kept ids, their log normaliser over V, entropy, KL to the reference (0 without)."""
+    """Per position: logits of the kept ids, their log normaliser, entropy, KL to the reference (0 without).
+
+    `log_normalizer` is that of the sampler: over V, or over its nucleus, outside of which kept logits are −inf.
+    """
 
     kept_logits: Float[Tensor, "N T K"]
     log_normalizer: Float[Tensor, "N T"]
@@ -58,12 +62,17 @@ class DirectTerms:
 
     def total(self, outputs: TokenOutputs, survival: Float[Tensor, "N T"]) -> Float[Tensor, "N"]:
         """`Σ_t F_t` of each sequence, survival included."""
+        values = self.values(outputs)
+        return survival_sum(values, survival.to(values.dtype))
+
+    def values(self, outputs: TokenOutputs) -> Float[Tensor, "N T"]:
+        """`F_t / s_t` of each position."""
         values = torch.zeros_like(outputs.kl)
         if self.kl_weight > 0.0:
             values = values - self.kl_weight * outputs.kl
         if self.entropy_weight > 0.0:
             values = values + self.entropy_weight * outputs.entropy
-        return survival_sum(values, survival.to(values.dtype))
+        return values
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,7 @@ def _chunk(
     ids: Int[Tensor, "M K"],
     reference: Policy | None,
     reference_hidden: Float[Tensor, "M E"] | None,
+    truncation: Truncation | None,
 ) -> tuple[Float[Tensor, "M K"], Float[Tensor, "M"], Float[Tensor, "M"], Float[Tensor, "M"]]:
     logits = policy.head(hidden)
     log_normalizer = logits.logsumexp(-1)
@@ -169,6 +179,10 @@ def _chunk(
         kl = torch.zeros_like(log_probs[:, 0])
     else:
         kl = kl_divergence(log_probs, reference.head(reference_hidden).log_softmax(-1))
+    if truncation is not None and truncation.has_nucleus:
+        inside = nucleus(logits.detach(), truncation).scatter(-1, ids[:, :1], True)  # the sampled id, come what may
+        logits = logits.masked_fill(~inside, -torch.inf)
+        log_normalizer = logits.logsumexp(-1)
     return logits.gather(-1, ids), log_normalizer, entropy(log_probs), kl
 
 
@@ -178,6 +192,7 @@ def token_outputs(
     ids: Int[Tensor, "N T K"],
     reference: Policy | None = None,
     reference_hidden: Float[Tensor, "N T E"] | None = None,
+    truncation: Truncation | None = None,
 ) -> TokenOutputs:
     """One pass of the head over all positions, in chunks.
 
@@ -186,6 +201,8 @@ def token_outputs(
         hidden: hidden states that the tokens are predicted from.
         ids: kept ids.
         reference: π_ref, with its hidden states at the same positions; both or neither.
+        truncation: the sampler's nucleus rules; its nucleus is a constant, as the support of a soft token is, and
+            always holds the first of the ids. Entropy and KL stay those of the whole distribution.
     Returns:
         Kept logits at the sampling temperature and the rest, differentiable in the hidden states and parameters.
     """
@@ -198,7 +215,7 @@ def token_outputs(
     else:
         reference_pieces = reference_hidden.flatten(0, 1).split(size)
     results = [
-        checkpoint(_chunk, policy, piece, ids_piece, reference, reference_piece, use_reentrant=False)
+        checkpoint(_chunk, policy, piece, ids_piece, reference, reference_piece, truncation, use_reentrant=False)
         for piece, ids_piece, reference_piece in zip(hidden_pieces, id_pieces, reference_pieces, strict=True)
     ]
     kept, normalizers, entropies, kls = (torch.cat(parts) for parts in zip(*results, strict=True))

@@ -4,7 +4,7 @@ Used for evaluation, for score-function methods, and as the forward pass of stra
 """
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from softrl.masking import is_any_of, mask_through_eos
@@ -12,7 +12,7 @@ from softrl.models.policy import Policy, evaluating
 from softrl.rollouts.soft import check_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.truncation import Truncation, sampler_log_probs
-from softrl.types import Prompts
+from softrl.types import HardRollout, Prompts
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def hard_rollout(
     num_samples: int = 1,
     eos_ids: tuple[int, ...] = (),
     greedy: bool = False,
-) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
+) -> HardRollout:
     """Sample (by the Gumbel-max trick) or decode greedily.
 
     Args:
@@ -39,7 +39,7 @@ def hard_rollout(
         eos_ids: a sequence ends at the first of these.
         greedy: take the argmax instead of a sample.
     Returns:
-        Token ids, shape (N, T), and the mask of real tokens (through the end-of-sequence token).
+        N rows of T tokens at most; T is cut to the longest.
     Raises:
         ValueError: as `soft_rollout`.
     """
@@ -58,4 +58,4 @@ def hard_rollout(
                 break
             hidden = policy.advance(state, policy.embed(tokens[-1])[:, None])[:, 0]
     stacked = torch.stack(tokens, 1)
-    return stacked, mask_through_eos(stacked, eos_ids)
+    return HardRollout(prompts.repeated(num_samples), stacked, mask_through_eos(stacked, eos_ids))

@@ -106,7 +106,7 @@ def soft_rollout(
             if step == num_steps - 1 or (going_on < NEGLIGIBLE_SURVIVAL).all():
                 break
             hidden = policy.advance(state, policy.embed_soft(support.ids, q)[:, None])[:, 0]
-    support = _stack(supports)
+    support = Support.stacked(supports)
     recorded = torch.stack(weights, 1)
     fed = relaxation.fed(recorded, support)
     if soft_stopping:
@@ -116,13 +116,4 @@ def soft_rollout(
         mask = mask_through_eos(support.tokens(), eos_ids)
     return Rollout(
         prompts.repeated(num_samples), support, recorded, fed, mask, torch.stack(entropies, 1), stopping_ids
-    )
-
-
-def _stack(supports: list[Support]) -> Support:
-    return Support(
-        torch.stack([support.ids for support in supports], 1),
-        torch.stack([support.noise for support in supports], 1),
-        torch.stack([support.kept for support in supports], 1),
-        torch.stack([support.choice for support in supports], 1),
     )

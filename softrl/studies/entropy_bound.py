@@ -30,7 +30,7 @@ from softrl.studies.hops import draw_adapters
 from softrl.studies.tables import write_csv
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import Relaxation, make_relaxation
-from softrl.types import Prompts, Rollout, Support
+from softrl.types import Prompts, Rollout
 
 if TYPE_CHECKING:
     from softrl.trainers import SoftRolloutTrainer
@@ -168,17 +168,16 @@ def jacobian_norm(
     """`‖∂p_t/∂z_t‖_F`, z the kept logits at the sampling temperature; the bound's own derivative included."""
     with torch.no_grad(), evaluating(policy.model):
         hidden = policy.hidden(rollout.prompts, embeds).flatten(0, 1)
-    fields = (rollout.support.ids, rollout.support.noise, rollout.support.kept, rollout.support.choice)
-    ids, noise, kept, choice = (field.flatten(0, 1) for field in fields)
-    num_kept = ids.shape[-1]
+    support = rollout.support.flat()
+    num_kept = support.ids.shape[-1]
     pieces = []
     size = chunk_length(num_kept * num_kept)
-    for start in range(0, len(ids), size):
+    for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         with torch.no_grad():
-            logits = policy.kept_logits(hidden[rows], ids[rows])
+            logits = policy.kept_logits(hidden[rows], support.ids[rows])
         # A copy of each position's logits for each of its weights, so that one backward pass gives all of ∂p/∂z.
-        copies = Support(*(field[rows].repeat_interleave(num_kept, 0) for field in (ids, noise, kept, choice)))
+        copies = support.at(rows).mapped(lambda value: value.repeat_interleave(num_kept, 0))
         with torch.enable_grad():
             leaf = logits.repeat_interleave(num_kept, 0).requires_grad_()
             weights = relaxation.weights(leaf, copies)

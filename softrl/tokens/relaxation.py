@@ -3,12 +3,10 @@
 A relaxation draws a step's support without gradients (`draw`) and computes the differentiable weights p from the kept
 logits and that support (`weights`), in the rollout and in both gradient phases alike, so that all three use the same
 numbers. `fed` turns p into q, what is fed back and scored; the derivative of q is taken to be that of p.
-
-Left out: ReinMax and Gumbel-Rao, whose Jacobians are not those of one softmax.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -41,6 +39,7 @@ class Relaxation(ABC):
 
     name: ClassVar[str]
     feeds_one_hot: ClassVar[bool]  # q is the one-hot of the hard choice, so soft and hard rewards agree
+    samples_policy: ClassVar[bool] = True  # hard choices are draws of π, not of its K kept ids or its argmax
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
@@ -100,6 +99,7 @@ class SoftmaxMixture(Relaxation):
 
     name = "softmax"
     feeds_one_hot = False
+    samples_policy = False
 
     @torch.no_grad()
     def draw(
@@ -119,6 +119,7 @@ class StraightThrough(Relaxation):
 
     name = "straight_through"
     feeds_one_hot = True
+    samples_policy = False
 
     @torch.no_grad()
     def draw(
@@ -173,9 +174,97 @@ class StraightThroughGumbel(GumbelSoftmax):
     feeds_one_hot = True
 
 
+@dataclass(frozen=True)
+class GumbelRao(Relaxation):
+    """Straight-through Gumbel with its Jacobian averaged over S posterior draws of the noise: same forward, same bias,
+    less variance.
+
+    Keeps the K most probable ids and the sampled one, so that the average is over nothing but the noise.
+
+    Args:
+        num_draws: S >= 1.
+    Raises:
+        ValueError: num_draws < 1, or an entropy bound.
+    Source: Paulus, Maddison and Krause (2021), arXiv:2010.04838.
+    """
+
+    num_draws: int = 16
+
+    name = "gumbel_rao"
+    feeds_one_hot = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_entropy_bound(self)
+        if self.num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
+
+    @torch.no_grad()
+    def draw(
+        self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
+    ) -> Support:
+        log_probs = sampler_log_probs(logits, self.truncation)
+        if tokens is None:
+            tokens = (log_probs + random.gumbel(logits.shape[-1], logits.dtype)).argmax(-1)
+        support = _given(tokens, log_probs, self.truncation.top_k)
+        kept_log_probs = log_probs.gather(-1, support.ids)
+        clean = logits.gather(-1, support.ids)
+        draws = [gumbel_posterior(kept_log_probs, support.choice, random) - clean for _ in range(self.num_draws)]
+        return replace(support, draws=torch.stack(draws, -2).masked_fill(~support.kept[:, None], 0.0))
+
+    def weights(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
+        assert support.draws is not None
+        perturbed = (kept_logits[..., None, :] + support.draws) / self.temperature
+        return perturbed.masked_fill(~support.kept[..., None, :], -torch.inf).softmax(-1).mean(-2)
+
+
+@dataclass(frozen=True)
+class ReinMax(StraightThrough):
+    """Straight-through with a second-order Jacobian (Heun's method), for a token sampled from the K kept ids.
+
+    With π the sampler on the kept ids, D the sampled one-hot and `π₁ = (softmax(z/τ) + D) / 2`, the Jacobian is
+    `2 J(π₁) − J(π)/2`, `J(p) = diag(p) − p pᵀ`. At τ = 1 one step has no bias for rewards that are linear or quadratic
+    in the one-hot. The value of p is π.
+
+    Raises:
+        ValueError: an entropy bound.
+    Source: Liu et al. (2023), arXiv:2304.08612, algorithm 2.
+    """
+
+    name = "reinmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_entropy_bound(self)
+
+    def weights(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
+        absent = ~support.kept
+        logits = kept_logits.masked_fill(absent, -torch.inf).detach()
+        sampler = logits.softmax(-1)
+        second = ((logits / self.temperature).softmax(-1) + self.fed(sampler, support)) / 2
+        finite = kept_logits.masked_fill(absent, 0.0)
+        first_order = 2 * _with_jacobian_at(second, finite) - 0.5 * _with_jacobian_at(sampler, finite)
+        return sampler + first_order - first_order.detach()  # its value is left out: only its derivative is meant
+
+
+def _with_jacobian_at(
+    probs: Float[Tensor, "*batch K"], logits: Float[Tensor, "*batch K"]
+) -> Float[Tensor, "*batch K"]:
+    """A linear function of the logits whose Jacobian is softmax's where its value is `probs`."""
+    return probs * (logits - (probs * logits).sum(-1, keepdim=True))
+
+
+def _refuse_entropy_bound(relaxation: Relaxation) -> None:
+    if relaxation.max_entropy_nats is not None:
+        raise ValueError(
+            f"max_entropy_nats={relaxation.max_entropy_nats} does not apply to relaxation {relaxation.name!r}, whose "
+            "Jacobian is not that of one softmax; use a temperature, or one of the other relaxations"
+        )
+
+
 RELAXATIONS: dict[str, type[Relaxation]] = {
     relaxation.name: relaxation
-    for relaxation in (SoftmaxMixture, GumbelSoftmax, StraightThrough, StraightThroughGumbel)
+    for relaxation in (SoftmaxMixture, GumbelSoftmax, StraightThrough, StraightThroughGumbel, GumbelRao, ReinMax)
 }
 
 
@@ -185,8 +274,12 @@ def make_relaxation(
     temperature: float = 1.0,
     max_entropy_nats: float | None = None,
     detach_temperature: bool = False,
+    num_draws: int | None = None,
 ) -> Relaxation:
-    """The relaxation of that name; ValueError lists the names there are."""
+    """The relaxation of that name; ValueError lists the names there are. `num_draws` matters to "gumbel_rao" alone."""
     if name not in RELAXATIONS:
         raise ValueError(f"relaxation must be one of {sorted(RELAXATIONS)}, got {name!r}")
-    return RELAXATIONS[name](truncation, temperature, max_entropy_nats, detach_temperature)
+    relaxation = RELAXATIONS[name](truncation, temperature, max_entropy_nats, detach_temperature)
+    if isinstance(relaxation, GumbelRao) and num_draws is not None:
+        return replace(relaxation, num_draws=num_draws)
+    return relaxation

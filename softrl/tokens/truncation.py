@@ -34,6 +34,11 @@ class Truncation:
         if not 0.0 <= self.min_p < 1.0:
             raise ValueError(f"min_p must lie in [0, 1), got {self.min_p}; 0.0 switches it off")
 
+    @property
+    def has_nucleus(self) -> bool:
+        """Whether `top_p` or `min_p` may remove tokens."""
+        return self.top_p < 1.0 or self.min_p > 0.0
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError when K is larger than the vocabulary."""
         if self.top_k > vocab_size:
@@ -62,7 +67,7 @@ def nucleus(logits: Float[Tensor, "N V"], truncation: Truncation) -> Bool[Tensor
 
 def sampler_log_probs(logits: Float[Tensor, "N V"], truncation: Truncation) -> Float[Tensor, "N V"]:
     """log π of the sampler: the nucleus of softmax(logits), renormalised; −inf outside it."""
-    if truncation.top_p == 1.0 and truncation.min_p == 0.0:
+    if not truncation.has_nucleus:
         return logits.log_softmax(-1)
     return logits.masked_fill(~nucleus(logits, truncation), -torch.inf).log_softmax(-1)
 

@@ -314,10 +314,11 @@ class RolloutTrainer(BaseTrainer):
         batch = self.prompt_batch(rows, 1)
         random = SequenceRandom.keyed(self.args.seed, _EVALUATION_STEP, batch.indices, 1, self.accelerator.device)
         with self.accelerator.autocast():
-            tokens, mask = hard_rollout(
+            sampled = hard_rollout(
                 self.policy, batch.prompts, self.truncation, random, self.args.max_completion_length,
                 eos_ids=self.eos_ids,
             )  # fmt: skip
+            tokens, mask = sampled.tokens, sampled.mask
             completions = Completions.of(tokens, mask, self.eos_ids)
             scores = {name: values.tolist() for name, values in self.hard_scores(batch, completions).items()}
             kl, nll = [None] * len(rows), [None] * len(rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from softrl.estimators.adjoint import chosen_method
 from softrl.estimators.pathwise import Estimate, SurrogateOutput, pathwise_estimate, surrogate
 from softrl.estimators.system import ForwardPass
-from softrl.masking import mask_through_eos, survival_mean
+from softrl.masking import survival_mean
 from softrl.models.policy import evaluation_mode
 from softrl.rewards.base import checked_soft
 from softrl.rollouts.soft import soft_rollout
@@ -172,7 +172,6 @@ def hard_completions(rollout: Rollout, eos_ids: tuple[int, ...], max_completion_
     A sequence that soft stopping cut off has ended as well, whatever its hard tokens are: by its survival before the
     last step, or because all sequences of a rollout that stopped early had ended.
     """
-    mask = rollout.mask & mask_through_eos(rollout.tokens, eos_ids)
-    completions = Completions.of(rollout.tokens, mask, eos_ids)
+    completions = Completions.of(rollout.tokens, rollout.hard.mask, eos_ids)
     stopped_early = rollout.mask.shape[1] < max_completion_length
     return replace(completions, ended=completions.ended | ~rollout.mask[:, -1] | stopped_early)

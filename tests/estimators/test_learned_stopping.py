@@ -67,7 +67,7 @@ def prompts(count):
 def hard_length(policy):
     """Mean length of 512 hard samples; its standard error is below 0.3 tokens, and in proportion for short ones."""
     random = SequenceRandom.keyed(99, 0, list(range(512)), 1)
-    _, mask = hard_rollout(policy, prompts(512), Truncation(V), random, T, eos_ids=(EOS,))
+    mask = hard_rollout(policy, prompts(512), Truncation(V), random, T, eos_ids=(EOS,)).mask
     return mask.sum(-1).float().mean().item()
 
 

@@ -51,7 +51,8 @@ def test_one_prefill_for_all_samples_of_a_prompt(model_name):
 def test_rollout_steps_match_transformers_on_hard_tokens():
     """Greedy decoding token by token against `generate`, left padding included."""
     model, batch = llama(), prompts()
-    tokens, mask = hard_rollout(Policy(model), batch, Truncation(1), random_for(3), 8, eos_ids=(1,), greedy=True)
+    greedy = hard_rollout(Policy(model), batch, Truncation(1), random_for(3), 8, eos_ids=(1,), greedy=True)
+    tokens, mask = greedy.tokens, greedy.mask
     theirs = model.generate(
         batch.ids, attention_mask=batch.mask.long(), max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=2
     )[:, batch.ids.shape[1] :]
@@ -63,7 +64,7 @@ def test_straight_through_gumbel_is_the_hard_sampler():
     policy, batch = Policy(llama(), 1.4), prompts()
     relaxation = relaxation_of("st_gumbel", min_p=0.0)
     soft = soft_rollout(policy, batch, relaxation, random_for(3), 6)
-    hard, _ = hard_rollout(policy, batch, Truncation(1), random_for(3), 6)
+    hard = hard_rollout(policy, batch, Truncation(1), random_for(3), 6).tokens
     assert torch.equal(soft.tokens, hard)
 
 
