@@ -50,7 +50,8 @@ class Support:
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Support":
         """The same record with every tensor mapped; the function acts on batch axes."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Support(**{name: value if value is None else function(value) for name, value in values.items()})
+        mapped: dict[str, Any] = {name: None if value is None else function(value) for name, value in values.items()}
+        return Support(**mapped)
 
     def at(self, *index: slice | int) -> "Support":
         """The same record at an index of its batch axes."""
@@ -64,7 +65,8 @@ class Support:
     def stacked(cls, steps: list["Support"]) -> "Support":
         """Records of single steps, batch axis N, as one with batch axes N, T."""
         columns: dict[str, Any] = {field.name: [getattr(step, field.name) for step in steps] for field in fields(cls)}
-        return cls(**{name: None if step[0] is None else torch.stack(step, 1) for name, step in columns.items()})
+        stacked: dict[str, Any] = {n: None if c[0] is None else torch.stack(c, 1) for n, c in columns.items()}
+        return cls(**stacked)
 
 
 @dataclass(frozen=True)

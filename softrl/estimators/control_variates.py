@@ -77,8 +77,8 @@ class PathwiseControlVariate:
         needed = 3 if self.coefficient == "regression" else 2
         if problem.num_samples < needed:
             raise ValueError(
-                f"the pathwise control variate with coefficient={self.coefficient!r} needs num_generations >= {needed}, "
-                f"got {problem.num_samples} samples a prompt"
+                f"the pathwise control variate with coefficient={self.coefficient!r} needs {needed} samples "
+                f"a prompt (num_generations), got {problem.num_samples}"
             )
         pathwise = pathwise_estimate(
             problem.policy, rollout, self.relaxation, problem.reward, problem.terms, self.settings,

@@ -1,0 +1,147 @@
+"""Bias and variance of gradient estimators at fixed parameters, per coordinate and then summed.
+
+Everything is in units of ‖∇J‖². Bias² is corrected for the noise of the mean (`‖mean − g‖² − tr Cov / n`), so that it is
+unbiased itself and may come out slightly negative. Intervals are by bootstrap over draws. The spread of gradient norms
+over parameter tensors, which some reports call variance, is not computed anywhere: it is not a variance.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_RESAMPLES = 400
+
+
+@dataclass(frozen=True)
+class Truth:
+    """∇J, or a sketch of it: exact (`variance` 0), or a mean of draws.
+
+    `variance` is the trace of the mean's covariance: how far the mean is from ∇J, squared, in expectation.
+    """
+
+    gradient: Float[Tensor, "P"]
+    variance: float = 0.0
+
+    @classmethod
+    def from_draws(cls, gradients: Float[Tensor, "D P"]) -> "Truth":
+        """The mean of unbiased draws.
+
+        Raises:
+            ValueError: fewer than two draws.
+        """
+        if len(gradients) < 2:
+            raise ValueError(f"a mean of draws has no error with {len(gradients)} draws; make at least two")
+        return cls(gradients.mean(0), gradients.var(0).sum().item() / len(gradients))
+
+    @property
+    def squared_norm(self) -> float:
+        """‖∇J‖², without what noise adds to it; at least a tenth of the measured one, so that ratios stay finite."""
+        measured = self.gradient.square().sum().item()
+        return max(measured - self.variance, 0.1 * measured)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a table row shows of one estimator.
+
+    `bias2`, `variance`, `mse`: of one draw, over ‖∇J‖². `snr`: ‖mean‖ over the root of the variance. `cosine`: of a
+    single draw with ∇J, averaged. `bias_z`: the bias along ∇J in standard errors.
+    """
+
+    draws: int
+    bias2: Interval
+    variance: Interval
+    mse: Interval
+    snr: Interval
+    cosine: Interval
+    bias_z: float
+
+
+def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Moments:
+    """Bias, variance, error, signal-to-noise and cosine of independent draws.
+
+    Args:
+        gradients: one estimate a row, float64; or their sketches, with the truth's sketch.
+        truth: what they estimate.
+        seed: of the bootstrap.
+    Raises:
+        ValueError: fewer than two draws, or a truth of another length.
+    """
+    count, length = gradients.shape
+    if count < 2:
+        raise ValueError(f"moments need at least two draws, got {count}")
+    if truth.gradient.shape != (length,):
+        raise ValueError(f"the truth has {tuple(truth.gradient.shape)} entries, the draws have {length}")
+    # All statistics are functions of inner products, so a bootstrap of them costs D², not D · P.
+    errors = gradients - truth.gradient
+    gram = errors @ errors.T
+    along = errors @ truth.gradient
+    cosines = torch.nn.functional.cosine_similarity(gradients, truth.gradient[None], dim=1)
+    everything = torch.full((count,), 1.0 / count, dtype=gradients.dtype)
+    point = _statistics(gram, along, cosines, everything, truth)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, count, (_RESAMPLES, count), generator=generator)
+    resampled = torch.stack([
+        _statistics(gram, along, cosines, torch.bincount(row, minlength=count).to(gram.dtype) / count, truth)
+        for row in rows
+    ])  # fmt: skip
+    # Basic bootstrap: a resample repeats draws, which shifts bias² and the variance; the shift is mirrored out.
+    low = 2 * point - resampled.quantile(0.975, 0)
+    high = 2 * point - resampled.quantile(0.025, 0)
+    intervals = [Interval(*values) for values in torch.stack([point, low, high], 1).tolist()]
+    spread = along.std() / count**0.5
+    bias_z = (along.mean() / spread).item() if spread > 0 else 0.0
+    return Moments(count, *intervals, bias_z)
+
+
+def _statistics(
+    gram: Float[Tensor, "D D"],
+    along: Float[Tensor, "D"],
+    cosines: Float[Tensor, "D"],
+    weights: Float[Tensor, "D"],
+    truth: Truth,
+) -> Float[Tensor, "5"]:
+    """bias², variance, mse, snr, cosine of weighted draws."""
+    count, scale = len(weights), truth.squared_norm
+    of_mean = weights @ gram @ weights  # ‖mean − truth‖²
+    second = (weights * gram.diagonal()).sum()
+    variance = (second - of_mean) * count / (count - 1)
+    bias2 = of_mean - variance / count - truth.variance
+    mean_norm2 = (of_mean + 2 * (weights * along).sum() + truth.gradient.square().sum() - variance / count).clamp(
+        min=0
+    )
+    snr = (mean_norm2 / variance.clamp(min=torch.finfo(gram.dtype).tiny)).sqrt()
+    # The truth's own noise is in every error once.
+    mse = second - truth.variance
+    return torch.stack([bias2 / scale, variance / scale, mse / scale, snr, (weights * cosines).sum()])
+
+
+def largest_z(gradients: Float[Tensor, "D P"], truth: Float[Tensor, "P"]) -> float:
+    """The largest |z| of the mean's error: over coordinates, and along the truth.
+
+    For an unbiased estimator and P + 1 tests, P(z > Φ⁻¹(1 − α / 2(P + 1))) <= α. Coordinates that never vary have to
+    be right exactly, up to rounding.
+    """
+    errors = gradients - truth
+    direction = (errors @ truth)[:, None] / truth.norm()
+    tested = torch.cat([errors, direction], 1)
+    spread = tested.std(0) / len(tested) ** 0.5
+    rounding = 1e-12 * truth.norm()
+    return (tested.mean(0).abs() / torch.maximum(spread, rounding)).max().item()
+
+
+def bonferroni_bound(num_tests: int, false_alarm: float = 1e-3) -> float:
+    """|z| that the largest of `num_tests` standard normals exceeds with a probability of at most `false_alarm`."""
+    tail = torch.tensor(1.0 - false_alarm / (2 * num_tests), dtype=torch.float64)
+    return torch.distributions.Normal(0.0, 1.0).icdf(tail).item()
