@@ -1,8 +1,8 @@
 """Bias and variance of gradient estimators at fixed parameters, per coordinate and then summed.
 
-Everything is in units of ‖∇J‖². Bias² is corrected for the noise of the mean (`‖mean − g‖² − tr Cov / n`), so that it is
-unbiased itself and may come out slightly negative. Intervals are by bootstrap over draws. The spread of gradient norms
-over parameter tensors, which some reports call variance, is not computed anywhere: it is not a variance.
+Everything is in units of ‖∇J‖². Bias² is corrected for the noise of the mean (`‖mean − g‖² − tr Cov / n`), so that it
+is unbiased itself and may come out slightly negative. Intervals are by bootstrap over draws. The spread of gradient
+norms over parameter tensors, which some reports call variance, is not computed anywhere: it is not a variance.
 """
 
 from dataclasses import dataclass
@@ -96,13 +96,13 @@ def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Mom
         _statistics(gram, along, cosines, torch.bincount(row, minlength=count).to(gram.dtype) / count, truth)
         for row in rows
     ])  # fmt: skip
-    # Basic bootstrap: a resample repeats draws, which shifts bias² and the variance; the shift is mirrored out.
-    low = 2 * point - resampled.quantile(0.975, 0)
-    high = 2 * point - resampled.quantile(0.025, 0)
-    intervals = [Interval(*values) for values in torch.stack([point, low, high], 1).tolist()]
+    # Basic bootstrap about the resamples' own mean: a resample repeats draws, which shifts bias² by the mean's noise.
+    low = point - (resampled.quantile(0.975, 0) - resampled.mean(0))
+    high = point - (resampled.quantile(0.025, 0) - resampled.mean(0))
+    bias2, variance, mse, snr, cosine = (Interval(*values) for values in torch.stack([point, low, high], 1).tolist())
     spread = along.std() / count**0.5
     bias_z = (along.mean() / spread).item() if spread > 0 else 0.0
-    return Moments(count, *intervals, bias_z)
+    return Moments(count, bias2, variance, mse, snr, cosine, bias_z)
 
 
 def _statistics(

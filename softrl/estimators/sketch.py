@@ -1,7 +1,7 @@
 """Count sketches of gradients: 4,096 numbers that keep norms and inner products of vectors too long to keep.
 
 `s_b = Σ_{i: h(i) = b} σ_i x_i` with random signs σ and a random bucket h. Linear; `E⟨s(x), s(y)⟩ = ⟨x, y⟩` and, for m
-buckets, `Var⟨s(x), s(y)⟩ <= (‖x‖² ‖y‖² + ⟨x, y⟩²) / m`: squared norms within 2.2% (one standard deviation) at m = 4,096.
+buckets, `Var⟨s(x), s(y)⟩ <= (‖x‖² ‖y‖² + ⟨x, y⟩²) / m`: at m = 4,096 the standard deviation of a squared norm is 2.2%.
 Source: Charikar, Chen and Farach-Colton (2002); the bound as in Weinberger et al. (2009), arXiv:0902.2206.
 """
 
