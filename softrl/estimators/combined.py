@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softrl.estimators.base import Cost, Estimator, Problem, UnbiasedFor
 from softrl.estimators.pathwise import Pathwise
+from softrl.estimators.score_function import ScoreOutput
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Rollout
 
@@ -88,6 +89,13 @@ class Combined:
         )
 
     def surrogate(self, problem: Problem, estimate: tuple[Any, Any]) -> Float[Tensor, "N"]:
+        return self._mixed(problem, estimate, self.unbiased.surrogate(problem, estimate[1]))
+
+    def output(self, problem: Problem, estimate: tuple[Any, Any]) -> ScoreOutput:
+        """Phase 3, with what is logged of the unbiased part, which needs an `output` of its own."""
+        unbiased = self.unbiased.output(problem, estimate[1])  # type: ignore[attr-defined]
+        return ScoreOutput(self._mixed(problem, estimate, unbiased.value), unbiased.statistics)
+
+    def _mixed(self, problem: Problem, estimate: tuple[Any, Any], unbiased: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
         pathwise = self.pathwise.surrogate(problem, estimate[0])
-        unbiased = self.unbiased.surrogate(problem, estimate[1])
         return self.weight * pathwise + (1.0 - self.weight) * unbiased.to(pathwise.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softrl.estimators.base import Cost, Problem, UnbiasedFor
 from softrl.estimators.pathwise import pathwise_estimate
-from softrl.estimators.score_function import RLOO, ScoreEstimate, Scores
+from softrl.estimators.score_function import RLOO, ScoreEstimate, ScoreOutput, Scores
 from softrl.estimators.system import AdjointSettings
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import HardRollout, Rollout
@@ -94,6 +94,10 @@ class PathwiseControlVariate:
         )
 
     def surrogate(self, problem: Problem, estimate: ControlledEstimate) -> Float[Tensor, "N"]:
+        return self.output(problem, estimate).value
+
+    def output(self, problem: Problem, estimate: ControlledEstimate) -> ScoreOutput:
+        """Phase 3, with what is logged of it."""
         group, rollout = problem.num_samples, estimate.rollout
         scores = Scores.of(problem, rollout, estimate.ids)
         outputs = scores.outputs
@@ -107,9 +111,10 @@ class PathwiseControlVariate:
         returns = (estimate.score.rewards.to(values.dtype) + scores.direct.detach().sum(-1)).unflatten(0, (-1, group))
         eta = self._coefficients(returns, values).flatten()
         others = _others(group, expected).repeat(len(values), 1)[:, None, :] / (group - 1)
-        plain = RLOO.of_scores(problem, estimate.score, scores)
+        plain = RLOO.output_of(problem, estimate.score, scores)
         predicted, predicted_mean = (taken * others).sum(-1), (expected * others).sum(-1)
-        return plain + eta * (predicted_mean - predicted * scores.log_probs).sum(-1)
+        value = plain.value + eta * (predicted_mean - predicted * scores.log_probs).sum(-1)
+        return ScoreOutput(value, plain.statistics | {"control_variate/coefficient": eta.detach()})
 
     def _coefficients(self, returns: Float[Tensor, "B G"], values: Float[Tensor, "B G G"]) -> Float[Tensor, "B G"]:
         """η of every sample; `values[b, j, k]` is what sample k's cotangents predict of sample j's return."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softrl.estimators.advantages import generalized_advantages, token_rewards, whitened
 from softrl.estimators.base import Cost, Problem, UnbiasedFor
-from softrl.estimators.score_function import Normalization, Scores, normalization_weights
+from softrl.estimators.score_function import Normalization, ScoreOutput, Scores, normalization_weights
 from softrl.models.policy import evaluating
 from softrl.objectives.clipped import clipped_fraction, clipped_objective, clipped_value_loss
 from softrl.types import HardRollout, Prompts
@@ -45,14 +45,6 @@ class PPOEstimate:
             rollout, self.old_log_probs[rows], self.old_values[rows], self.advantages[rows], self.returns[rows],
             self.kl[rows], self.entropy[rows],
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PPOOutput:
-    """S of every sequence (value loss included), and what is logged of it: numbers a sequence, without a graph."""
-
-    value: Float[Tensor, "N"]
-    statistics: dict[str, Float[Tensor, "N"]]
 
 
 @dataclass(frozen=True)
@@ -118,8 +110,8 @@ class PPO:
     def surrogate(self, problem: Problem, estimate: PPOEstimate) -> Float[Tensor, "N"]:
         return self.output(problem, estimate).value
 
-    def output(self, problem: Problem, estimate: PPOEstimate) -> PPOOutput:
-        """Phase 3, for all sequences or some of them (`estimate.at`)."""
+    def output(self, problem: Problem, estimate: PPOEstimate) -> ScoreOutput:
+        """Phase 3, the value loss included, for all sequences or some of them (`estimate.at`)."""
         rollout = estimate.rollout
         mask, scores = rollout.mask, Scores.of(problem, rollout)
         log_ratio = (scores.log_probs - estimate.old_log_probs).masked_fill(~mask, 0.0)
@@ -140,4 +132,4 @@ class PPO:
             "approx_kl": 0.5 * log_ratio.detach().square().sum(-1) / lengths,
             "value_loss": value_loss.detach(),
         }
-        return PPOOutput(total - self.value_coef * value_loss.to(total.dtype), statistics)
+        return ScoreOutput(total - self.value_coef * value_loss.to(total.dtype), statistics)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softrl.estimators.advantages import STD_EPSILON, group_mean, group_std, leave_one_out, returns_to_go
 from softrl.estimators.base import Cost, Problem, UnbiasedFor
+from softrl.masking import per_sequence_mean, survival_mean
 from softrl.models.policy import Policy, evaluating
 from softrl.objectives.token_terms import TokenOutputs, token_outputs
 from softrl.types import HardRollout
@@ -72,6 +73,24 @@ class Scores:
         outputs = token_outputs(policy, hidden, ids, reference, states, problem.truncation)
         log_probs = (outputs.kept_logits[..., 0] - outputs.log_normalizer).masked_fill(~rollout.mask, 0.0)
         return cls(log_probs, terms.values(outputs).masked_fill(~rollout.mask, 0.0), outputs, hidden)
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """S of every sequence, and what is logged of it: numbers a sequence, without a graph."""
+
+    value: Float[Tensor, "N"]
+    statistics: dict[str, Float[Tensor, "N"]]
+
+
+@torch.no_grad()
+def score_statistics(problem: Problem, outputs: TokenOutputs, weights: Float[Tensor, "N T"]) -> dict[str, Tensor]:
+    """Entropy, and the KL if J has one, in nats a token, each token counted by its weight (a mask or its survival)."""
+    weights = weights.to(outputs.entropy.dtype)
+    statistics = {"entropy": survival_mean(outputs.entropy, weights)}
+    if problem.terms.kl_weight > 0.0:
+        statistics["kl"] = survival_mean(outputs.kl, weights)
+    return statistics
 
 
 @torch.no_grad()
@@ -140,7 +159,19 @@ class ScoreFunction:
         return ScoreEstimate(rollout, rewards, baseline)
 
     def surrogate(self, problem: Problem, estimate: ScoreEstimate) -> Float[Tensor, "N"]:
-        return self.of_scores(problem, estimate, Scores.of(problem, estimate.rollout))
+        return self.output(problem, estimate).value
+
+    def output(self, problem: Problem, estimate: ScoreEstimate) -> ScoreOutput:
+        """Phase 3, with what is logged of it."""
+        return self.output_of(problem, estimate, Scores.of(problem, estimate.rollout))
+
+    def output_of(self, problem: Problem, estimate: ScoreEstimate, scores: Scores) -> ScoreOutput:
+        """The same from a forward pass that somebody has run."""
+        mask = estimate.rollout.mask
+        advantages = self.advantages(problem, estimate, scores.direct.detach())
+        statistics = {"advantages": per_sequence_mean(advantages, mask)}
+        statistics |= score_statistics(problem, scores.outputs, mask)
+        return ScoreOutput(self.of_scores(problem, estimate, scores), statistics)
 
     def of_scores(self, problem: Problem, estimate: ScoreEstimate, scores: Scores) -> Float[Tensor, "N"]:
         """S from a forward pass that somebody has run."""

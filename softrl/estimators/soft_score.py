@@ -15,6 +15,8 @@ from torch import Tensor
 from softrl.estimators.advantages import leave_one_out, returns_to_go
 from softrl.estimators.base import Cost, Problem, UnbiasedFor
 from softrl.estimators.pathwise import hidden_of_reference
+from softrl.estimators.score_function import ScoreOutput, score_statistics
+from softrl.masking import survival_mean
 from softrl.objectives.token_terms import token_outputs
 from softrl.tokens.relaxation import GumbelSoftmax
 from softrl.tokens.truncation import Truncation
@@ -75,6 +77,10 @@ class SoftScoreFunction:
         return SoftScoreEstimate(rollout, rewards.detach())
 
     def surrogate(self, problem: Problem, estimate: SoftScoreEstimate) -> Float[Tensor, "N"]:
+        return self.output(problem, estimate).value
+
+    def output(self, problem: Problem, estimate: SoftScoreEstimate) -> ScoreOutput:
+        """Phase 3, with what is logged of it."""
         rollout, policy, terms = estimate.rollout, problem.policy, problem.terms
         support = rollout.support
         embeds = policy.embed_soft(support.ids.flatten(0, 1), rollout.fed.flatten(0, 1))
@@ -93,4 +99,6 @@ class SoftScoreFunction:
             returns = returns_to_go(estimate.rewards.to(density.dtype), direct, rollout.mask)
             if problem.num_samples > 1:
                 returns = returns - leave_one_out(returns, problem.num_samples)
-        return (returns * density + direct).masked_fill(~rollout.mask, 0.0).sum(-1)
+        value = (returns * density + direct).masked_fill(~rollout.mask, 0.0).sum(-1)
+        statistics = {"advantages": survival_mean(returns, survival), **score_statistics(problem, outputs, survival)}
+        return ScoreOutput(value, statistics)
