@@ -4,7 +4,7 @@ is the estimate (phase 3). Trainers and the laboratory use the same objects, so 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -54,6 +54,7 @@ class Problem:
     columns: dict[str, Sequence] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """A gradient estimator.
 

@@ -1,12 +1,13 @@
 """From what a user of TRL passes in `reward_funcs` to rewards: names, files, models and functions.
 
-Left out: TRL's reward functions of texts, whose values cannot be differentiated. They are refused by name.
+TRL's reward functions of texts, whose values cannot be differentiated, are refused by name where that is needed.
 """
 
 import copy
 import importlib
 import inspect
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from softrl.rewards.base import Reward
 from softrl.rewards.fit import sentiment_reward
 from softrl.rewards.function import FunctionReward, name_of
 from softrl.rewards.reward_model import SequenceClassifierReward
+from softrl.rewards.text import TextReward, not_differentiable
 from softrl.rewards.token_linear import TokenLinearReward
 
 _PARTS_OF_A_REWARD = ("name", "vocab_size", "soft", "hard")
@@ -27,8 +29,22 @@ _ACCEPTED = (
 )
 
 
+@dataclass(frozen=True)
+class _Policy:
+    """What an item has to fit: the policy's tokenizer, name and vocabulary, and whether its gradient is wanted."""
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str | None
+    vocab_size: int | None
+    differentiates: bool
+
+
 def resolve_rewards(
-    reward_funcs: Any, tokenizer: PreTrainedTokenizerBase, policy_name: str | None, vocab_size: int | None = None
+    reward_funcs: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    policy_name: str | None,
+    vocab_size: int | None = None,
+    differentiates: bool = True,
 ) -> list[Reward]:
     """Rewards from everything that `reward_funcs` may hold.
 
@@ -39,34 +55,37 @@ def resolve_rewards(
             - a file that `TokenLinearReward.save` wrote;
             - a hub name or local folder of a sequence classifier in the policy's vocabulary, or the model itself;
             - a differentiable function of soft tokens, see `FunctionReward`;
+            - TRL's function of texts, see `TextReward`, unless rewards are differentiated;
             - a dotted path "module.attribute" to any of these, or to a class or function that makes one when it is
               called without arguments. Modules in the working directory are found.
         tokenizer: the policy's.
         policy_name: its short name, folder or hub name; None if the policy was not loaded by name.
         vocab_size: number of token ids of the policy; default: at least as many as the tokenizer has.
+        differentiates: whether soft faces are needed.
     Returns:
         Rewards with different names: a second "length" is called "length_2".
     Raises:
         ValueError: nothing was given, a name means nothing, or a classifier has another vocabulary than the policy.
-        TypeError: an item is no reward and cannot be made one, a reward function of texts among them.
+        TypeError: an item is no reward and cannot be made one, or has no soft face where one is needed.
     """
     items = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if not items:
         raise ValueError("reward_funcs is empty; pass at least one reward")
-    return _with_different_names([_resolved(item, tokenizer, policy_name, vocab_size) for item in items])
+    policy = _Policy(tokenizer, policy_name, vocab_size, differentiates)
+    return _with_different_names([_resolved(item, policy) for item in items])
 
 
-def _resolved(
-    item: Any, tokenizer: PreTrainedTokenizerBase, policy_name: str | None, vocab_size: int | None
-) -> Reward:
+def _resolved(item: Any, policy: _Policy) -> Reward:
     if isinstance(item, str):
-        return _named(item, tokenizer, policy_name, vocab_size)
+        return _named(item, policy)
     if isinstance(item, type):
         raise TypeError(f"reward_funcs has the class {item.__name__}; pass an object of it: {item.__name__}(...)")
+    if isinstance(item, TextReward) and policy.differentiates:
+        raise TypeError(not_differentiable(item.name, ["texts"]))
     if isinstance(item, Reward):
         return item
     if isinstance(item, nn.Module) and type(item).__name__.endswith("ForSequenceClassification"):
-        return _in_vocabulary(SequenceClassifierReward(item, tokenizer), tokenizer, vocab_size)
+        return _in_vocabulary(SequenceClassifierReward(item, policy.tokenizer), policy)
     if isinstance(item, nn.Module) or hasattr(item, "soft") or hasattr(item, "hard"):
         missing = [part for part in _PARTS_OF_A_REWARD if not hasattr(item, part)]
         raise TypeError(
@@ -75,38 +94,38 @@ def _resolved(
             "tokens.weights, and hard(ids, mask, **columns) -> [N]"
         )
     if callable(item):
-        return _of_function(item)
+        return _of_function(item, policy)
     raise TypeError(f"reward_funcs has a {type(item).__name__}; pass {_ACCEPTED}")
 
 
-def _of_function(function: Any) -> FunctionReward:
+def _of_function(function: Any, policy: _Policy) -> Reward:
     of_texts = [name for name in inspect.signature(function).parameters if name in _TRL_PARAMETERS]
-    if of_texts:
-        raise TypeError(
-            f"reward function {name_of(function)!r} is a function of {', '.join(of_texts)}: its value cannot be "
-            "differentiated in soft tokens. Use ReinforceTrainer, the score-function trainer, which takes such "
-            "functions as they are; or pass a differentiable f(tokens: SoftTokens, **columns) -> Tensor [N]"
-        )
-    return FunctionReward(function)
+    if not of_texts:
+        return FunctionReward(function)
+    if policy.differentiates:
+        raise TypeError(not_differentiable(name_of(function), of_texts))
+    return TextReward(function, policy.tokenizer)
 
 
-def _named(text: str, tokenizer: PreTrainedTokenizerBase, policy_name: str | None, vocab_size: int | None) -> Reward:
+def _named(text: str, policy: _Policy) -> Reward:
     """A reward by short name, file, folder, dotted path or hub name."""
     if text == "sentiment":
-        return sentiment_reward(policy_name) if policy_name else sentiment_reward(tokenizer, vocab_size=vocab_size)
+        if policy.name:
+            return sentiment_reward(policy.name)
+        return sentiment_reward(policy.tokenizer, vocab_size=policy.vocab_size)
     if Path(text).is_file():
         return TokenLinearReward.load(text)
     if _is_dotted_path(text) and not Path(text).is_dir():
         found = imported(text, "reward_funcs")
-        return _resolved(found() if _is_factory(found) else found, tokenizer, policy_name, vocab_size)
+        return _resolved(found() if _is_factory(found) else found, policy)
     try:
-        model = SequenceClassifierReward.from_pretrained(text, tokenizer)
+        model = SequenceClassifierReward.from_pretrained(text, policy.tokenizer)
     except ValueError as error:
         raise ValueError(
             f"reward_funcs: {text!r} is neither 'sentiment', a file saved by TokenLinearReward, nor a dotted path to "
             f"an object, so it was taken for the name of a model: {error}"
         ) from error
-    return _in_vocabulary(model, tokenizer, vocab_size)
+    return _in_vocabulary(model, policy)
 
 
 def _is_dotted_path(text: str) -> bool:
@@ -140,10 +159,8 @@ def _is_factory(found: Any) -> bool:
     )
 
 
-def _in_vocabulary(
-    reward: SequenceClassifierReward, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
-) -> SequenceClassifierReward:
-    known = reward.vocab_size or 0
+def _in_vocabulary(reward: SequenceClassifierReward, policy: _Policy) -> SequenceClassifierReward:
+    known, tokenizer, vocab_size = reward.vocab_size or 0, policy.tokenizer, policy.vocab_size
     if (vocab_size is None and known < len(tokenizer)) or (vocab_size is not None and known != vocab_size):
         raise ValueError(
             f"reward model {reward.name!r} knows {known} token ids, the policy has {vocab_size or len(tokenizer)}: "

@@ -1,8 +1,17 @@
 """Trainers on top of TRL; a `<name>_config.py` beside each `<name>_trainer.py`."""
 
+from softrl.trainers.reinforce_config import ReinforceConfig
+from softrl.trainers.reinforce_trainer import ReinforceTrainer
 from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.rollout_trainer import RolloutTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 
-__all__ = ["RolloutConfig", "RolloutTrainer", "SoftRolloutConfig", "SoftRolloutTrainer"]
+__all__ = [
+    "ReinforceConfig",
+    "ReinforceTrainer",
+    "RolloutConfig",
+    "RolloutTrainer",
+    "SoftRolloutConfig",
+    "SoftRolloutTrainer",
+]

@@ -1,18 +1,32 @@
-"""What a policy writes, measured on hard decoded text: reward, judge, KL, perplexity under the base, diversity."""
+"""What a policy writes, measured on hard decoded text: reward, judge, KL, perplexity under the base, diversity.
+
+`evaluate_policy` measures any model, whoever trained it, as our trainers' own evaluation does.
+"""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from softrl.masking import per_sequence_sum
 from softrl.models.policy import Policy, evaluating
 from softrl.objectives.token_terms import token_outputs
+from softrl.rewards.base import Reward, WeightedRewards
+from softrl.rollouts.hard import hard_rollout
+from softrl.tokens.noise import SequenceRandom
+from softrl.tokens.truncation import Truncation
+from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch, prompt_text
+from softrl.trainers.loading import eos_token_ids
 from softrl.trainers.metrics import sample_std
 from softrl.types import Prompts
+
+_EVALUATION_STEP = -1  # random streams of evaluations: the same draws before, during and after training
 
 Judge = Callable[[list[str]], Float[Tensor, "N"]]
 
@@ -56,6 +70,129 @@ def kl_and_base_nll(
         base_outputs = token_outputs(base, reference_hidden, tokens[..., None])
     nll = base_outputs.log_normalizer - base_outputs.kept_logits.squeeze(-1)
     return per_sequence_sum(outputs.kl, mask), per_sequence_sum(nll, mask)
+
+
+@torch.no_grad()
+def hard_scores(
+    rewards: WeightedRewards, batch: PromptBatch, completions: Completions
+) -> dict[str, Float[Tensor, "N"]]:
+    """Every reward of the hard tokens as `rewards/<name>`, and their weighted sum as `reward/hard`."""
+    each = [values.float() for values in rewards.hard_each(completions.tokens, completions.mask, **batch.columns)]
+    total = sum(weight * values for weight, values in zip(rewards.weights, each, strict=True))
+    names = [reward.name for reward in rewards.rewards]
+    return {f"rewards/{name}": values for name, values in zip(names, each, strict=True)} | {"reward/hard": total}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How completions are sampled and measured.
+
+    Args:
+        policy: what samples, its temperature included.
+        reference: what KL and NLL are measured to; None for neither.
+        rewards: hard faces are used.
+        tokenizer: the policy's.
+        eos_ids: what ends a completion.
+        max_completion_length: T.
+        truncation: the sampler's nucleus rules.
+        judge: scores decoded completions; None for none.
+        seed: of the random streams, with each row's index.
+    """
+
+    policy: Policy
+    reference: Policy | None
+    rewards: WeightedRewards
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    max_completion_length: int
+    truncation: Truncation
+    judge: Judge | None = None
+    seed: int = 42
+
+    @torch.no_grad()
+    def samples(self, batch: PromptBatch) -> list[Sample]:
+        """Sample and measure one completion for every prompt of a batch of one sample a prompt."""
+        random = SequenceRandom.keyed(self.seed, _EVALUATION_STEP, batch.indices, 1, batch.prompts.ids.device)
+        sampled = hard_rollout(
+            self.policy, batch.prompts, self.truncation, random, self.max_completion_length, eos_ids=self.eos_ids
+        )
+        tokens, mask = sampled.tokens, sampled.mask
+        count, completions = len(tokens), Completions.of(tokens, mask, self.eos_ids)
+        scores = {name: values.tolist() for name, values in hard_scores(self.rewards, batch, completions).items()}
+        kl, nll = [None] * count, [None] * count
+        if self.reference is not None:
+            measured = kl_and_base_nll(self.policy, self.reference, batch.prompts, tokens, mask)
+            kl, nll = (values.tolist() for values in measured)
+        texts = decode(self.tokenizer, tokens, mask)
+        judged = [None] * count if self.judge is None else self.judge(texts).tolist()
+        prompts, rewards = batch.columns["prompt"], scores.pop("reward/hard")
+        by_name = {name.removeprefix("rewards/"): values for name, values in scores.items()}
+        return [
+            Sample(
+                batch.indices[i], prompt_text(prompts[i]), texts[i], tuple(tokens[i][mask[i]].tolist()),
+                completions.ended[i].item(), rewards[i], judged[i], kl[i], nll[i],
+                {name: values[i] for name, values in by_name.items()},
+            )
+            for i in range(count)
+        ]  # fmt: skip
+
+
+def evaluate_policy(
+    policy: Policy,
+    reference: Policy | None,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: Reward | list[Reward],
+    judge: Judge | None = None,
+    *,
+    reward_weights: list[float] | None = None,
+    max_completion_length: int = 32,
+    max_prompt_length: int | None = None,
+    truncation: Truncation | None = None,
+    eos_ids: tuple[int, ...] | None = None,
+    batch_size: int = 32,
+    seed: int = 42,
+) -> list[Sample]:
+    """One completion a held-out prompt from any model, measured as `RolloutTrainer` measures its own.
+
+    Equal seeds and data sets give equal random streams, so completions of two policies are paired; the numbers do not
+    depend on the batch size. `summary` makes metrics of the samples.
+
+    Args:
+        policy: the model, also one that another trainer trained, with its sampling temperature.
+        reference: e.g. the base model, or `Policy(peft_model, temperature, context=peft_model.disable_adapter)`.
+        dataset: with a column `prompt`, of texts or of conversations; other columns reach the rewards.
+        tokenizer: the policy's.
+        rewards: hard faces are used; `softrl.rewards.resolve.resolve_rewards` makes them of names and functions.
+        judge: scores decoded completions.
+        reward_weights: one a reward, 1 by default.
+        max_completion_length, max_prompt_length, truncation: as in training.
+        eos_ids: what ends a completion; default: the tokenizer's and those that the model declares.
+        batch_size: prompts at a time.
+        seed: of the random streams.
+    Returns:
+        Samples in the data set's order.
+    """
+    rows = indexed(dataset, "dataset", tokenizer)
+    weighted = WeightedRewards(rewards if isinstance(rewards, list) else [rewards], reward_weights)
+    eos_ids = eos_token_ids(policy.causal_lm, tokenizer) if eos_ids is None else eos_ids
+    evaluator = Evaluator(
+        policy,
+        reference,
+        weighted,
+        tokenizer,
+        eos_ids,
+        max_completion_length,
+        truncation or Truncation(1),
+        judge,
+        seed,
+    )
+    device = policy.causal_lm.get_input_embeddings().weight.device
+    samples: list[Sample] = []
+    for start in range(0, len(rows), batch_size):
+        some: list[dict[str, Any]] = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        samples += evaluator.samples(prompt_batch(some, tokenizer, 1, max_prompt_length, device))
+    return samples
 
 
 def summary(samples: list[Sample]) -> dict[str, float]:

@@ -14,7 +14,8 @@ def named_metrics(values: dict[str, Tensor], num_samples: int) -> dict[str, floa
 
     Args:
         values: numbers of N sequences by name, the samples of a prompt side by side. `reward/hard`, `length` and
-            `clipped` are required; `rewards/<name>` become a mean and a standard deviation, others a mean.
+            `clipped` are required; `rewards/<name>` and `advantages` become a mean and a standard deviation, others
+            a mean.
         num_samples: G.
     """
     lengths, hard = values["length"], values["reward/hard"]
@@ -29,7 +30,7 @@ def named_metrics(values: dict[str, Tensor], num_samples: int) -> dict[str, floa
         "completions/clipped_ratio": values["clipped"].mean().item(),
     }
     for name, value in values.items():
-        if name.startswith("rewards/"):
+        if name.startswith("rewards/") or name == "advantages":
             metrics |= {f"{name}/mean": value.mean().item(), f"{name}/std": sample_std(value)}
         elif name not in ("length", "clipped"):
             metrics[name] = value.mean().item()
@@ -59,6 +60,7 @@ class MetricLog:
         self._values: dict[str, list[float]] = defaultdict(list)
         self._phase_seconds: dict[str, float] = defaultdict(float)
         self._total_seconds = 0.0
+        self._micro_batches = 0
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -81,6 +83,7 @@ class MetricLog:
         started = _now()
         yield
         self._total_seconds += _now() - started
+        self._micro_batches += 1
 
     def drained(self, micro_batches_per_step: int, last_phase: str) -> dict[str, float]:
         """Averages over the micro-batches, and seconds an optimizer step; everything starts again from nothing.
@@ -90,7 +93,7 @@ class MetricLog:
             last_phase: what the seconds are called that no `timed` accounts for.
         """
         averages = {name: sum(values) / len(values) for name, values in self._values.items()}
-        steps = max(1, len(self._values["reward"]) // micro_batches_per_step)
+        steps = max(1, self._micro_batches // micro_batches_per_step)
         seconds = {"step_time": self._total_seconds} | {
             f"step_time/{phase}": value for phase, value in self._phase_seconds.items()
         }

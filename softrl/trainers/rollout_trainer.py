@@ -22,12 +22,11 @@ from softrl.models.policy import check_policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.rewards.base import WeightedRewards
 from softrl.rewards.resolve import resolve_rewards
-from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
-from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch, prompt_text
+from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
 from softrl.trainers.completions import CompletionLog
-from softrl.trainers.evaluation import Judge, Sample, kl_and_base_nll, summary
+from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, summary
 from softrl.trainers.loading import (
     eos_token_ids,
     load_model,
@@ -42,7 +41,6 @@ from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.sampling import GroupSampler
 
 _KL_CONTROL = "adaptive_kl"  # its key in the trainer's state
-_EVALUATION_STEP = -1  # random streams of evaluations: the same draws before, during and after training
 
 
 class RolloutTrainer(BaseTrainer):
@@ -116,7 +114,9 @@ class RolloutTrainer(BaseTrainer):
         self.judge = judge
         self.policy = args.make_policy(model)
         check_policy(self.policy)
-        rewards = resolve_rewards(reward_funcs, processing_class, policy_name, self.policy.vocab_size)
+        rewards = resolve_rewards(
+            reward_funcs, processing_class, policy_name, self.policy.vocab_size, self._differentiates_rewards(args)
+        )
         self.rewards = WeightedRewards(rewards, args.reward_weights)
         self.reference = reference_policy(model, args)
         self.kl_control = args.make_kl_control()
@@ -147,6 +147,10 @@ class RolloutTrainer(BaseTrainer):
             if isinstance(module, nn.Module):
                 module.to(self.accelerator.device)
         self.model_accepts_loss_kwargs = False
+
+    def _differentiates_rewards(self, args: RolloutConfig) -> bool:
+        """Whether the method reads the soft faces of rewards."""
+        return True
 
     def set_up(self, args: RolloutConfig) -> None:
         """Build and check what a method needs beside policy, reference and rewards; they are there already."""
@@ -192,8 +196,13 @@ class RolloutTrainer(BaseTrainer):
         """The random streams of a training batch, one a sequence, keyed by seed, step, prompt and sample."""
         args = self.args
         return SequenceRandom.keyed(
-            args.seed, self.state.global_step, batch.indices, args.num_generations, self.accelerator.device
+            args.seed, self.rollout_step, batch.indices, args.num_generations, self.accelerator.device
         )
+
+    @property
+    def rollout_step(self) -> int:
+        """The step that the current rollout belongs to."""
+        return self.state.global_step
 
     # Training
 
@@ -201,8 +210,12 @@ class RolloutTrainer(BaseTrainer):
         with self._metrics.timed_step():
             loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # the last micro-batch of the step
-            self._adapt_kl_weight()
+            self.finish_step()
         return loss
+
+    def finish_step(self) -> None:
+        """What is learned from a whole step beside the gradient: here the KL weight. Called before the optimizer."""
+        self._adapt_kl_weight()
 
     def follow_schedules(self) -> dict[str, float]:
         """Set what changes over training to its values at this step; returns those that do, for the logs."""
@@ -231,14 +244,9 @@ class RolloutTrainer(BaseTrainer):
             return completions.ended.float()
         return torch.ones_like(completions.ended, dtype=torch.float32)
 
-    @torch.no_grad()
     def hard_scores(self, batch: PromptBatch, completions: Completions) -> dict[str, Float[Tensor, "N"]]:
-        """Every reward of the hard tokens as `rewards/<name>`, and their weighted sum as `reward/hard`."""
-        each = self.rewards.hard_each(completions.tokens, completions.mask, **batch.columns)
-        each = [values.float() for values in each]
-        total = sum(weight * values for weight, values in zip(self.rewards.weights, each, strict=True))
-        names = [reward.name for reward in self.rewards.rewards]
-        return {f"rewards/{name}": values for name, values in zip(names, each, strict=True)} | {"reward/hard": total}
+        """See `softrl.trainers.evaluation.hard_scores`."""
+        return hard_scores(self.rewards, batch, completions)
 
     @torch.no_grad()
     def record(self, batch: PromptBatch, completions: Completions, values: dict[str, Float[Tensor, "N"]]) -> None:
@@ -308,35 +316,15 @@ class RolloutTrainer(BaseTrainer):
             num_samples=len(self.last_evaluation),
         )
 
-    @torch.no_grad()
     def evaluate_rows(self, rows: list[dict[str, Any]]) -> list[Sample]:
         """Sample and measure one completion for every row."""
-        batch = self.prompt_batch(rows, 1)
-        random = SequenceRandom.keyed(self.args.seed, _EVALUATION_STEP, batch.indices, 1, self.accelerator.device)
+        args = self.args
+        evaluator = Evaluator(
+            self.policy, self.reference, self.rewards, self.processing_class, self.eos_ids,
+            args.max_completion_length, self.truncation, self.judge, args.seed,
+        )  # fmt: skip
         with self.accelerator.autocast():
-            sampled = hard_rollout(
-                self.policy, batch.prompts, self.truncation, random, self.args.max_completion_length,
-                eos_ids=self.eos_ids,
-            )  # fmt: skip
-            tokens, mask = sampled.tokens, sampled.mask
-            completions = Completions.of(tokens, mask, self.eos_ids)
-            scores = {name: values.tolist() for name, values in self.hard_scores(batch, completions).items()}
-            kl, nll = [None] * len(rows), [None] * len(rows)
-            if self.reference is not None:
-                measured = kl_and_base_nll(self.policy, self.reference, batch.prompts, tokens, mask)
-                kl, nll = (values.tolist() for values in measured)
-        texts = decode(self.processing_class, tokens, mask)
-        judged = [None] * len(rows) if self.judge is None else self.judge(texts).tolist()
-        prompts, rewards = batch.columns["prompt"], scores.pop("reward/hard")
-        by_name = {name.removeprefix("rewards/"): values for name, values in scores.items()}
-        return [
-            Sample(
-                batch.indices[i], prompt_text(prompts[i]), texts[i], tuple(tokens[i][mask[i]].tolist()),
-                completions.ended[i].item(), rewards[i], judged[i], kl[i], nll[i],
-                {name: values[i] for name, values in by_name.items()},
-            )
-            for i in range(len(rows))
-        ]  # fmt: skip
+            return evaluator.samples(self.prompt_batch(rows, 1))
 
     # Model card
 
