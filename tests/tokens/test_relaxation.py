@@ -1,13 +1,16 @@
 """Relaxations: what they keep, feed and differentiate; samples and posterior noise against their distributions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import ALL_RELAXATIONS
 
 from softrl.tokens.embedding import mixture_embedding
 from softrl.tokens.noise import SequenceRandom, gumbel_posterior, sequence_seed
-from softrl.tokens.relaxation import RELAXATIONS, make_relaxation
+from softrl.tokens.relaxation import RELAXATIONS, GumbelRao, ReinMax, StraightThroughGumbel, make_relaxation
 from softrl.tokens.truncation import Truncation, nucleus, sampler_log_probs
+from softrl.types import Support
 
 V = 12
 
@@ -46,7 +49,7 @@ def test_weights_sum_to_one_on_the_kept_support(name):
         assert (p.argmax(-1) == support.choice).all()
 
 
-@pytest.mark.parametrize("name", ["gumbel_softmax", "st_gumbel"])
+@pytest.mark.parametrize("name", ["gumbel_softmax", "st_gumbel", "gumbel_rao"])
 def test_hard_choice_is_a_sample_of_the_policy(name):
     draws = 20_000
     relaxation = make_relaxation(name, Truncation(4))
@@ -56,9 +59,10 @@ def test_hard_choice_is_a_sample_of_the_policy(name):
     assert z_scores(tokens, logits[0].mul(0.8).softmax(-1)).abs().max() > 4.4, "another temperature would show"
 
 
-def test_straight_through_samples_its_own_weights():
+@pytest.mark.parametrize("name", ["straight_through", "reinmax"])
+def test_straight_through_samples_its_own_weights(name):
     draws = 20_000
-    relaxation = make_relaxation("straight_through", Truncation(4))
+    relaxation = make_relaxation(name, Truncation(4))
     logits = logits_of(draws)
     support = relaxation.draw(logits, streams(draws))
     kept = sampler_log_probs(logits[:1], relaxation.truncation).exp().topk(4)
@@ -138,6 +142,66 @@ def test_linear_reward_has_no_bias_under_straight_through_but_has_one_under_st_g
         worst[name] = ((grads.mean(0) - exact).abs() / error.clamp(min=1e-12)).max().item()
     assert worst["straight_through"] < 4.5
     assert worst["st_gumbel"] > 10
+
+
+def jacobians(relaxation, kept_logits, support):
+    """∂p/∂z of every row, [N, K, K]."""
+    function = torch.func.jacrev(lambda logits: relaxation.weights(logits, support).sum(0))
+    return function(kept_logits).permute(1, 0, 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_reinmax_is_the_second_order_jacobian_at_the_policys_own_weights(temperature):
+    """`2 J((softmax(z/τ) + D) / 2) − J(π) / 2`, `J(p) = diag(p) − p pᵀ`, also where a nucleus removed kept ids."""
+    relaxation = ReinMax(Truncation(6, min_p=0.1), temperature)
+    logits = logits_of(20)
+    support = relaxation.draw(logits, streams(20))
+    assert not support.kept.all()
+    kept_logits = logits.gather(-1, support.ids)
+    clean = kept_logits.masked_fill(~support.kept, -torch.inf)
+    pi = clean.softmax(-1)
+    torch.testing.assert_close(relaxation.weights(kept_logits, support), pi)
+
+    def softmax_jacobian(p):
+        return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+
+    middle = ((clean / temperature).softmax(-1) + relaxation.fed(pi, support)) / 2
+    expected = 2 * softmax_jacobian(middle) - softmax_jacobian(pi) / 2
+    torch.testing.assert_close(jacobians(relaxation, kept_logits, support), expected)
+
+
+def test_gumbel_rao_is_the_mean_over_its_draws_of_straight_through_gumbel():
+    """Weights and Jacobian, from the noises it recorded; each of which makes the sampled id the largest."""
+    relaxation, single = (kind(Truncation(6, min_p=0.1), 0.7) for kind in (GumbelRao, StraightThroughGumbel))
+    logits = logits_of(20)
+    support = relaxation.draw(logits, streams(20))
+    kept_logits = logits.gather(-1, support.ids)
+    assert support.draws.shape == (20, 16, 6)
+    perturbed = (kept_logits[:, None] + support.draws).masked_fill(~support.kept[:, None], -torch.inf)
+    assert (perturbed.argmax(-1) == support.choice[:, None]).all()
+    each = [replace(support, noise=noise, draws=None) for noise in support.draws.unbind(1)]
+    weights = torch.stack([single.weights(kept_logits, one) for one in each]).mean(0)
+    torch.testing.assert_close(relaxation.weights(kept_logits, support), weights)
+    expected = torch.stack([jacobians(single, kept_logits, one) for one in each]).mean(0)
+    torch.testing.assert_close(jacobians(relaxation, kept_logits, support), expected)
+
+
+def test_gumbel_rao_averages_as_many_draws_as_asked_for_and_records_of_it_keep_them():
+    relaxation = make_relaxation("gumbel_rao", Truncation(4), num_draws=3)
+    steps = [relaxation.draw(logits_of(5), streams(5, step)) for step in range(2)]
+    stacked = Support.stacked(steps)
+    assert stacked.draws.shape == (5, 2, 3, 4)
+    assert torch.equal(stacked.at(slice(None), 1).draws, steps[1].draws)
+    assert stacked.flat().draws.shape == (10, 3, 4)
+    assert not torch.equal(steps[0].draws[:, 0], steps[0].draws[:, 1])
+    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
+        make_relaxation("gumbel_rao", Truncation(4), num_draws=0)
+
+
+@pytest.mark.parametrize("name", ["gumbel_rao", "reinmax"])
+def test_an_entropy_bound_does_not_fit_jacobians_that_are_not_one_softmax(name):
+    with pytest.raises(ValueError, match=rf"max_entropy_nats=0.5 does not apply to relaxation '{name}'"):
+        make_relaxation(name, Truncation(4), max_entropy_nats=0.5)
 
 
 def test_mixture_embedding_norms():
