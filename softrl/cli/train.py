@@ -1,143 +1,36 @@
 """`softrl train`: train a policy from a recipe, alone or under `accelerate launch -m softrl train ...`."""
 
-import difflib
 import sys
-import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from softrl.trainers import SoftRolloutConfig, SoftRolloutTrainer
+from softrl.cli.arguments import BUILTIN_DATASET, TrainArguments, find_recipe, make_parser, parse, unknown_key
 
-BUILTIN_DATASET = "review-openings"
-
-
-@dataclass
-class TrainArguments:
-    """
-    Arguments of `softrl train` that are neither the trainer's nor the model's.
-
-    Args:
-        reward_funcs (`list[str]`, *optional*, defaults to `["sentiment"]`):
-            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), a file saved by
-            `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or folder), or a
-            dotted path to a reward, to a differentiable function of soft tokens, or to what makes one.
-        judge (`str`, *optional*, defaults to `"sentiment"`):
-            `"sentiment"` (MiniLM, fitted on other reviews than the reward), `"none"`, or a dotted path to a function
-            from a list of texts to a tensor of scores.
-        dataset_name (`str`, *optional*, defaults to `"review-openings"`):
-            `"review-openings"` (embedded), a hub name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
-            .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
-            tokenizer's chat template (a text file has one prompt a line).
-        dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
-            Splits of a hub data set or folder.
-        num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
-            How many prompts to use at most; of `review-openings` exactly so many.
-        prompt_length_tokens (`int`, *optional*, defaults to `8`):
-            Length of `review-openings` in tokens.
-        prompt_prefix (`str`, *optional*, defaults to `""`):
-            Text put before every prompt that is text; an error for conversations.
-    """
-
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["sentiment"],
-        metadata={"help": "'sentiment', a saved token-linear reward, a classifier's name, or a dotted path."},
-    )
-    judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'none' or a dotted path."})
-    dataset_name: str = field(
-        default=BUILTIN_DATASET, metadata={"help": "'review-openings', a hub name, a local folder or a file."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    num_train_prompts: int = field(default=1024, metadata={"help": "Prompts to train on, at most."})
-    num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts, at most."})
-    prompt_length_tokens: int = field(default=8, metadata={"help": "Length of 'review-openings' in tokens."})
-    prompt_prefix: str = field(default="", metadata={"help": "Text put before every prompt."})
+__all__ = [
+    "build_trainer",
+    "checkpoint_to_resume",
+    "find_recipe",
+    "load_judge",
+    "load_prompts",
+    "main",
+    "make_parser",
+    "parse",
+    "unknown_key",
+]
 
 
-def make_parser(prog: str = "softrl train") -> Any:
-    """A TrlParser over our arguments, the trainer's and the model's."""
-    from trl import ModelConfig, TrlParser
-
-    from softrl.trainers import SoftRolloutConfig
-
-    parser = TrlParser((TrainArguments, SoftRolloutConfig, ModelConfig), prog=prog, allow_abbrev=False)
-    parser.set_defaults(model_name_or_path="smollm2-135m")
-    return parser
-
-
-def parse(argv: list[str], prog: str = "softrl train") -> tuple[TrainArguments, "SoftRolloutConfig", Any]:
-    """Recipe and command line, the latter winning.
-
-    Raises:
-        ValueError: the recipe does not exist or is not a mapping, or a key is unknown (the closest one is named).
-    """
-    # TRL's own default trips over a renaming in transformers; nothing that a user of softrl could act on.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    parser = make_parser(prog)
-    argv = [part for argument in argv for part in _split_equals(argument)]
-    if "--config" in argv:
-        position = argv.index("--config") + 1
-        if position == len(argv):
-            raise ValueError("--config needs the path or the name of a recipe")
-        argv[position] = str(find_recipe(argv[position]))
-    *parsed, from_recipe, from_command = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    known = sorted(action.dest for action in parser._actions)
-    for source, remaining in (("recipe", from_recipe[::2]), ("command line", from_command)):
-        unknown = [text.lstrip("-") for text in remaining if text.startswith("--")] or remaining
-        if unknown:
-            raise ValueError(unknown_key(unknown[0], known, source))
-    return tuple(parsed)
-
-
-def _split_equals(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def unknown_key(key: str, known: list[str], source: str) -> str:
-    """The message for a key that no dataclass has."""
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`softrl train --help` lists all keys"
-    return (
-        f"unknown key {key!r} on the {source}: {hint}" if source != "recipe" else f"unknown recipe key {key!r}: {hint}"
-    )
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by path, or by name from the recipes that travel with softrl.
-
-    Raises:
-        ValueError: there is none; the message lists those there are.
-    """
-    import softrl
-
-    package = Path(softrl.__file__).parent
-    folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
-    for candidate in [Path(name), *(f / name for f in folders), *(f / f"{name}.yaml" for f in folders)]:
-        if candidate.is_file():
-            return candidate
-    shipped = sorted(str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.yaml"))
-    raise ValueError(f"no recipe {name!r}: it is neither a file nor one of {shipped}")
-
-
-def build_trainer(
-    arguments: TrainArguments, training_args: "SoftRolloutConfig", model_args: Any
-) -> "SoftRolloutTrainer":
-    """The trainer that a recipe describes."""
+def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any) -> Any:
+    """The trainer that a recipe describes: one of ours, or TRL's own on our rewards."""
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from softrl.assets import resolve_model
-    from softrl.trainers import SoftRolloutTrainer
 
     name = resolve_model(model_args.model_name_or_path)
-    settings = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    loading = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     if model_args.attn_implementation is not None:
-        settings["attn_implementation"] = model_args.attn_implementation
-    training_args.model_init_kwargs = {**settings, **(training_args.model_init_kwargs or {})}
+        loading["attn_implementation"] = model_args.attn_implementation
+    training_args.model_init_kwargs = {**loading, **(training_args.model_init_kwargs or {})}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=model_args.model_revision)
     except OSError as error:
@@ -146,17 +39,38 @@ def build_trainer(
             "local folder with a model and its tokenizer, or a hub name"
         ) from error
     train, test = load_prompts(arguments, tokenizer)
-    return SoftRolloutTrainer(
-        model=name,
-        reward_funcs=arguments.reward_funcs,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        judge=load_judge(arguments.judge),
-    )
+    settings = {
+        "model": name,
+        "args": training_args,
+        "train_dataset": train,
+        "eval_dataset": test,
+        "processing_class": tokenizer,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+    if arguments.trainer.startswith("trl_"):
+        trainer = _trl_trainer(arguments, settings)
+    else:
+        from softrl import trainers
+
+        ours = {"soft_rollout": "SoftRolloutTrainer", "reinforce": "ReinforceTrainer"}
+        trainer_class = getattr(trainers, ours[arguments.trainer])
+        judge = load_judge(arguments.judge)
+        trainer = trainer_class(reward_funcs=arguments.reward_funcs, judge=judge, **settings)
+    return trainer
+
+
+def _trl_trainer(arguments: TrainArguments, settings: dict[str, Any]) -> Any:
+    """TRL's RLOOTrainer or GRPOTrainer on our rewards' hard faces; a judge is left to evaluations after the run."""
+    import trl
+
+    from softrl.rewards.base import as_trl
+    from softrl.rewards.resolve import resolve_rewards
+
+    tokenizer = settings["processing_class"]
+    rewards = resolve_rewards(arguments.reward_funcs, tokenizer, settings["model"], differentiates=False)
+    trainer_class = trl.RLOOTrainer if arguments.trainer == "trl_rloo" else trl.GRPOTrainer
+    return trainer_class(reward_funcs=[as_trl(reward, tokenizer) for reward in rewards], **settings)
 
 
 def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
@@ -241,7 +155,7 @@ def load_judge(text: str) -> Any:
     return imported(text, "judge")
 
 
-def checkpoint_to_resume(training_args: "SoftRolloutConfig") -> str | None:
+def checkpoint_to_resume(training_args: Any) -> str | None:
     """`--resume_from_checkpoint` as a path: a folder, or "latest" (also "true") for the newest in `output_dir`.
 
     Raises:

@@ -1,0 +1,176 @@
+"""What `softrl train` reads: the arguments of a run, which of the trainers it is for, recipes by name."""
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BUILTIN_DATASET = "review-openings"
+TRAINERS = ("soft_rollout", "reinforce", "trl_rloo", "trl_grpo")
+
+
+@dataclass
+class TrainArguments:
+    """
+    Arguments of `softrl train` that are neither the trainer's nor the model's.
+
+    Args:
+        trainer (`str`, *optional*, defaults to `"soft_rollout"`):
+            `"soft_rollout"`, `"reinforce"` (and its `estimator`), or TRL's own `"trl_rloo"` and
+            `"trl_grpo"` on the same data and rewards. Keys that belong to another trainer are ignored, and named.
+        gradient_statistics (`bool`, *optional*, defaults to `False`):
+            Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
+            `gradient_accumulation_steps` of at least 2.
+        reward_funcs (`list[str]`, *optional*, defaults to `["sentiment"]`):
+            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), a file saved by
+            `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or folder), or a
+            dotted path to a reward, to a differentiable function of soft tokens, or to what makes one. Trainers that
+            do not differentiate rewards take TRL's functions of texts as well.
+        judge (`str`, *optional*, defaults to `"sentiment"`):
+            `"sentiment"` (MiniLM, fitted on other reviews than the reward), `"none"`, or a dotted path to a function
+            from a list of texts to a tensor of scores.
+        dataset_name (`str`, *optional*, defaults to `"review-openings"`):
+            `"review-openings"` (embedded), a hub name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
+            .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
+            tokenizer's chat template (a text file has one prompt a line).
+        dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
+            Splits of a hub data set or folder.
+        num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
+            How many prompts to use at most; of `review-openings` exactly so many.
+        prompt_length_tokens (`int`, *optional*, defaults to `8`):
+            Length of `review-openings` in tokens.
+        prompt_prefix (`str`, *optional*, defaults to `""`):
+            Text put before every prompt that is text; an error for conversations.
+    """
+
+    trainer: str = field(default=TRAINERS[0], metadata={"help": "Trainer.", "choices": list(TRAINERS)})
+    gradient_statistics: bool = field(
+        default=False, metadata={"help": "Log the gradient's signal-to-noise ratio over the micro-batches of a step."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["sentiment"],
+        metadata={"help": "'sentiment', a saved token-linear reward, a classifier's name, or a dotted path."},
+    )
+    judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'none' or a dotted path."})
+    dataset_name: str = field(
+        default=BUILTIN_DATASET, metadata={"help": "'review-openings', a hub name, a local folder or a file."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    num_train_prompts: int = field(default=1024, metadata={"help": "Prompts to train on, at most."})
+    num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts, at most."})
+    prompt_length_tokens: int = field(default=8, metadata={"help": "Length of 'review-openings' in tokens."})
+    prompt_prefix: str = field(default="", metadata={"help": "Text put before every prompt."})
+
+
+def config_class(trainer: str) -> type:
+    """The configuration of a trainer; imported only when it is asked for."""
+    from softrl import trainers
+    from softrl.trainers import trl_config
+
+    classes = {
+        "soft_rollout": trainers.SoftRolloutConfig,
+        "reinforce": trainers.ReinforceConfig,
+        "trl_rloo": trl_config.TrlRLOOConfig,
+        "trl_grpo": trl_config.TrlGRPOConfig,
+    }
+    return classes[trainer]
+
+
+def make_parser(prog: str = "softrl train", trainer: str = TRAINERS[0]) -> Any:
+    """A TrlParser over our arguments, the trainer's and the model's."""
+    from trl import ModelConfig, TrlParser
+
+    parser = TrlParser((TrainArguments, config_class(trainer), ModelConfig), prog=prog, allow_abbrev=False)
+    parser.set_defaults(model_name_or_path="smollm2-135m")
+    return parser
+
+
+def parse(argv: list[str], prog: str = "softrl train") -> tuple[TrainArguments, Any, Any]:
+    """Recipe and command line, the latter winning.
+
+    Keys of other trainers than the chosen one are left out, with one line that names them.
+
+    Raises:
+        ValueError: the recipe does not exist or is not a mapping, or a key is unknown to every trainer (the closest
+            one is named), or the trainer is.
+    """
+    # TRL's own default trips over a renaming in transformers; nothing that a user of softrl could act on.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    argv = [part for argument in argv for part in _split_equals(argument)]
+    if "--config" in argv:
+        position = argv.index("--config") + 1
+        if position == len(argv):
+            raise ValueError("--config needs the path or the name of a recipe")
+        argv[position] = str(find_recipe(argv[position]))
+    trainer = _chosen_trainer(argv)
+    parser = make_parser(prog, trainer)
+    *parsed, from_recipe, from_command = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    known = {action.dest for action in parser._actions}
+    of_others = {field.name for other in TRAINERS for field in fields(config_class(other))} - known
+    ignored = list(_of_other_trainers(from_recipe[::2], "recipe", known, of_others))
+    ignored += _of_other_trainers(from_command, "command line", known, of_others)
+    if trainer.startswith("trl_") and parsed[1].top_k != 0:  # there it truncates the sampler, here it is K
+        parsed[1].top_k = 0
+        ignored.append("top_k")
+    if ignored and os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: trainer={trainer!r} has no use for {', '.join(dict.fromkeys(ignored))}", flush=True)
+    return tuple(parsed)
+
+
+def _chosen_trainer(argv: list[str]) -> str:
+    """The trainer that the command line names, or else the recipe."""
+    chosen = TRAINERS[0]
+    if "--config" in argv:
+        recipe = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
+        chosen = recipe.get("trainer", chosen) if isinstance(recipe, dict) else chosen
+    if "--trainer" in argv[:-1]:
+        chosen = argv[argv.index("--trainer") + 1]
+    if chosen not in TRAINERS:
+        raise ValueError(f"trainer must be one of {TRAINERS}, got {chosen!r}")
+    return chosen
+
+
+def _of_other_trainers(remaining: list[str], source: str, known: set[str], of_others: set[str]) -> Iterator[str]:
+    """The keys among what the parser left over; ValueError for one that no trainer has."""
+    for key in [text.lstrip("-").split("=")[0] for text in remaining if text.startswith("--")] or remaining:
+        if key not in of_others:
+            raise ValueError(unknown_key(key, sorted(known | of_others), source))
+        yield key
+
+
+def _split_equals(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith(("--config=", "--trainer=")) else [argument]
+
+
+def unknown_key(key: str, known: list[str], source: str) -> str:
+    """The message for a key that no dataclass has."""
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`softrl train --help` lists all keys"
+    return (
+        f"unknown key {key!r} on the {source}: {hint}" if source != "recipe" else f"unknown recipe key {key!r}: {hint}"
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or by name from the recipes that travel with softrl.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    import softrl
+
+    package = Path(softrl.__file__).parent
+    folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+    for candidate in [Path(name), *(f / name for f in folders), *(f / f"{name}.yaml" for f in folders)]:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.yaml"))
+    raise ValueError(f"no recipe {name!r}: it is neither a file nor one of {shipped}")
