@@ -170,7 +170,7 @@ class ScoreFunction:
         mask = estimate.rollout.mask
         advantages = self.advantages(problem, estimate, scores.direct.detach())
         statistics = {"advantages": per_sequence_mean(advantages, mask)}
-        statistics |= score_statistics(problem, scores.outputs, mask)
+        statistics |= score_statistics(problem, scores.outputs, mask.to(scores.direct.dtype))
         return ScoreOutput(self.of_scores(problem, estimate, scores), statistics)
 
     def of_scores(self, problem: Problem, estimate: ScoreEstimate, scores: Scores) -> Float[Tensor, "N"]:
