@@ -27,10 +27,10 @@ class Cost:
     reward calls that are differentiated too. NaN where the work depends on a residual.
     """
 
-    reward_calls: float
-    forwards: float
-    backwards: float
-    gradient_calls: float = 0.0
+    reward_calls: float | int
+    forwards: float | int
+    backwards: float | int
+    gradient_calls: float | int = 0
 
 
 @dataclass(frozen=True)

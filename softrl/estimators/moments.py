@@ -16,13 +16,10 @@ _RESAMPLES = 400
 
 @dataclass(frozen=True)
 class Truth:
-    """∇J, or a sketch of it: exact (`variance` 0), or a mean of draws.
-
-    `variance` is the trace of the mean's covariance: how far the mean is from ∇J, squared, in expectation.
-    """
+    """∇J, or a sketch of it: exact, or a mean of draws; `noise` is then the variance of each of its entries."""
 
     gradient: Float[Tensor, "P"]
-    variance: float = 0.0
+    noise: Float[Tensor, "P"] | None = None
 
     @classmethod
     def from_draws(cls, gradients: Float[Tensor, "D P"]) -> "Truth":
@@ -33,7 +30,16 @@ class Truth:
         """
         if len(gradients) < 2:
             raise ValueError(f"a mean of draws has no error with {len(gradients)} draws; make at least two")
-        return cls(gradients.mean(0), gradients.var(0).sum().item() / len(gradients))
+        return cls(gradients.mean(0), gradients.var(0) / len(gradients))
+
+    def part(self, where: slice) -> "Truth":
+        """That of some of the parameters."""
+        return Truth(self.gradient[where], None if self.noise is None else self.noise[where])
+
+    @property
+    def variance(self) -> float:
+        """How far the mean is from ∇J, squared, in expectation; 0 if exact."""
+        return 0.0 if self.noise is None else self.noise.sum().item()
 
     @property
     def squared_norm(self) -> float:
@@ -56,7 +62,8 @@ class Moments:
     """What a table row shows of one estimator.
 
     `bias2`, `variance`, `mse`: of one draw, over ‖∇J‖². `snr`: ‖mean‖ over the root of the variance. `cosine`: of a
-    single draw with ∇J, averaged. `bias_z`: the bias along ∇J in standard errors.
+    single draw with ∇J, averaged. `mean_cosine`: of the mean of all draws, what remains when noise is averaged out.
+    `bias_z`: the bias along ∇J in standard errors; NaN for an estimate without noise.
     """
 
     draws: int
@@ -65,6 +72,7 @@ class Moments:
     mse: Interval
     snr: Interval
     cosine: Interval
+    mean_cosine: float
     bias_z: float
 
 
@@ -101,8 +109,10 @@ def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Mom
     high = point - (resampled.quantile(0.025, 0) - resampled.mean(0))
     bias2, variance, mse, snr, cosine = (Interval(*values) for values in torch.stack([point, low, high], 1).tolist())
     spread = along.std() / count**0.5
-    bias_z = (along.mean() / spread).item() if spread > 0 else 0.0
-    return Moments(count, bias2, variance, mse, snr, cosine, bias_z)
+    has_noise = spread > 1e-12 * truth.gradient.square().sum()
+    bias_z = (along.mean() / spread).item() if has_noise else float("nan")
+    mean_cosine = torch.nn.functional.cosine_similarity(gradients.mean(0), truth.gradient, dim=0).item()
+    return Moments(count, bias2, variance, mse, snr, cosine, mean_cosine, bias_z)
 
 
 def _statistics(
@@ -116,7 +126,7 @@ def _statistics(
     count, scale = len(weights), truth.squared_norm
     of_mean = weights @ gram @ weights  # ‖mean − truth‖²
     second = (weights * gram.diagonal()).sum()
-    variance = (second - of_mean) * count / (count - 1)
+    variance = ((second - of_mean) * count / (count - 1)).clamp(min=0.0)  # rounding, where there is no noise
     bias2 = of_mean - variance / count - truth.variance
     mean_norm2 = (of_mean + 2 * (weights * along).sum() + truth.gradient.square().sum() - variance / count).clamp(
         min=0

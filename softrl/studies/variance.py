@@ -1,0 +1,340 @@
+"""`softrl variance`: bias, variance and price of gradient estimators at fixed parameters, from a recipe to a table.
+
+Every estimator of a problem is drawn many times on the same samples; finished draws are kept in the output folder, so
+that an interrupted run goes on where it stopped. The figures and the page are made by `variance_report`.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from softrl.assets import write_atomically
+from softrl.estimators.moments import Interval, Moments, Truth, moments
+from softrl.studies.draws import Draws
+from softrl.studies.language import LanguageProblem
+from softrl.studies.methods import Method, make_estimator
+from softrl.studies.one_step import ONE_STEP_PROBLEMS, OneStepProblem
+from softrl.studies.problems import tiny_lm, trained_lm
+
+MakeTrainer = Callable[[list[str]], Any]
+_CHUNKS = 8  # how often the draws of one estimator are saved on the way
+REFERENCE = "rloo"  # the estimator whose cost is the unit of budgets, where a problem has it
+
+
+@dataclass(frozen=True)
+class ProblemSpec:
+    """A problem of a recipe. A list among the settings, or in an estimator's, stands for one of each."""
+
+    name: str
+    kind: str
+    estimators: list[Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    draws: int | None = None
+
+
+@dataclass(frozen=True)
+class VarianceConfig:
+    """A study: its question, its problems, and how many draws each estimator gets unless its problem says so."""
+
+    question: str
+    output_dir: str
+    problems: list[ProblemSpec]
+    draws: int = 256
+    seed: int = 0
+    notes: str = ""
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> VarianceConfig:
+    """Read a recipe.
+
+    Raises:
+        ValueError: not a mapping, an unknown or missing key, or nothing to draw.
+    """
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} is not a mapping of keys to values; see recipes/studies/quick.yaml")
+    given = given | {key: value for key, value in (overrides or {}).items() if value is not None}
+    given["problems"] = [
+        _checked(ProblemSpec, problem, f"{path}, problem {number}")
+        for number, problem in enumerate(given.get("problems") or [], 1)
+    ]
+    config = _checked(VarianceConfig, given, str(path))
+    if not config.problems:
+        raise ValueError(f"{path}: `problems` is empty; a study needs at least one")
+    if min([config.draws, *(spec.draws for spec in config.problems if spec.draws is not None)]) < 2:
+        raise ValueError(f"{path}: `draws` must be at least 2, or there is no variance to measure")
+    return config
+
+
+def _checked(kind: type, given: Any, where: str) -> Any:
+    """A dataclass object of a mapping, or a ValueError that names the key."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected a mapping, got {given!r}")
+    known = {each.name: each for each in fields(kind)}
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{where}: unknown keys {unknown}; the keys are {sorted(known)}")
+    required = {"question", "output_dir", "problems", "name", "kind", "estimators"}
+    if missing := sorted((required & set(known)) - set(given)):
+        raise ValueError(f"{where}: missing keys {missing}")
+    return kind(**given)
+
+
+def expanded(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One mapping for every combination of the lists among the values."""
+    lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+    for values in itertools.product(*lists.values()):
+        yield settings | dict(zip(lists, values, strict=True))
+
+
+class LabProblem(Protocol):
+    """What the laboratory draws from."""
+
+    name: str
+    description: str
+
+    @property
+    def groups(self) -> dict[str, slice]: ...
+
+    def truth(self) -> Truth: ...
+
+    def make(self, method: Method) -> Any:
+        """An estimator, with `unbiased_for`; pilots are run here."""
+        ...
+
+    def draws(self, estimator: Any, first: int, count: int) -> Draws: ...
+
+
+class _Language:
+    """A language problem as the laboratory sees it."""
+
+    def __init__(self, language: LanguageProblem):
+        self.language = language
+        self.name, self.description = language.name, language.description
+
+    @property
+    def groups(self) -> dict[str, slice]:
+        return self.language.groups
+
+    def truth(self) -> Truth:
+        return self.language.truth()
+
+    def make(self, method: Method) -> Any:
+        return make_estimator(method, self.language)
+
+    def draws(self, estimator: Any, first: int, count: int) -> Draws:
+        return self.language.draws(estimator, first, count)
+
+
+class _OneStep:
+    """A one-step problem as the laboratory sees it; its estimators are made by name at every draw."""
+
+    def __init__(self, name: str, problem: OneStepProblem):
+        self.name, self.description, self.problem = name, problem.description, problem
+
+    @property
+    def groups(self) -> dict[str, slice]:
+        return self.problem.groups
+
+    def truth(self) -> Truth:
+        return Truth(self.problem.truth())
+
+    def make(self, method: Method) -> Any:
+        return _Named(method, self.problem.estimator(method.name, method.settings).unbiased_for)
+
+    def draws(self, estimator: Any, first: int, count: int) -> Draws:
+        return self.problem.draw(estimator.method.name, estimator.method.settings, first, count)
+
+
+@dataclass(frozen=True)
+class _Named:
+    method: Method
+    unbiased_for: str | None
+
+
+def make_problems(
+    spec: ProblemSpec, seed: int, make_trainer: MakeTrainer
+) -> Iterator[tuple[dict[str, Any], LabProblem]]:
+    """The problems of one entry of a recipe, each with its settings.
+
+    Raises:
+        ValueError: an unknown kind, or a setting that it does not have.
+    """
+    kinds = ("tiny_lm", "trained_lm", *ONE_STEP_PROBLEMS)
+    if spec.kind not in kinds:
+        raise ValueError(f"problem {spec.name!r}: kind must be one of {list(kinds)}, got {spec.kind!r}")
+    several = [key for key, value in spec.settings.items() if isinstance(value, list)]
+    for settings in expanded(spec.settings):
+        name = ", ".join([spec.name, *(f"{key} {settings[key]}" for key in several)])
+        given = {"seed": seed} | settings
+        try:
+            if spec.kind == "tiny_lm":
+                yield given, _Language(tiny_lm(name, **given))
+            elif spec.kind == "trained_lm":
+                yield given, _Language(trained_lm(name, make_trainer, **given))
+            else:
+                yield given, _OneStep(name, ONE_STEP_PROBLEMS[spec.kind](**given))
+        except TypeError as error:
+            raise ValueError(f"problem {spec.name!r}, settings: {error}") from error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One estimator on one problem, for one group of parameters or "all"; errors over ‖∇J‖²."""
+
+    problem: str
+    estimator: str
+    unbiased_for: str
+    group: str
+    draws: int
+    bias2: float
+    bias2_low: float
+    bias2_high: float
+    variance: float
+    variance_low: float
+    variance_high: float
+    mse: float
+    mse_low: float
+    mse_high: float
+    snr: float
+    snr_low: float
+    snr_high: float
+    cosine: float
+    cosine_low: float
+    cosine_high: float
+    mean_cosine: float
+    bias_z: float
+    truth_noise: float
+    reward_calls: float
+    seconds: float
+    mse_at_equal_calls: float
+    mse_at_equal_seconds: float
+    settings: str
+
+
+def run(config: VarianceConfig, make_trainer: MakeTrainer) -> tuple[list[Row], dict[str, str]]:
+    """All rows of a study and the problems' descriptions; finished draws are taken from the output folder."""
+    rows: list[Row] = []
+    descriptions: dict[str, str] = {}
+    folder = Path(config.output_dir) / "draws"
+    for spec in config.problems:
+        for settings, problem in make_problems(spec, config.seed, make_trainer):
+            descriptions[problem.name] = problem.description
+            methods = [Method.parsed(each) for given in spec.estimators for each in _expanded_method(given)]
+            store = Store(folder, {"kind": spec.kind, "settings": settings})
+            rows += _of_problem(problem, methods, spec.draws or config.draws, store, settings)
+    return rows, descriptions
+
+
+def _expanded_method(given: Any) -> list[Any]:
+    return list(expanded(given)) if isinstance(given, dict) else [given]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Draws on disk, by problem and estimator; a file whose settings differ has another name."""
+
+    folder: Path
+    problem: dict[str, Any]
+
+    def path(self, method: Method | str) -> Path:
+        """Where the draws of an estimator lie, or those of the truth."""
+        named = method if isinstance(method, str) else {"name": method.name, "settings": method.settings}
+        text = json.dumps({"problem": self.problem, "estimator": named}, sort_keys=True, default=str)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pt"
+
+    def load(self, method: Method | str) -> Any:
+        """What was saved, or None."""
+        path = self.path(method)
+        return torch.load(path, weights_only=True) if path.is_file() else None
+
+    def save(self, method: Method | str, value: Any) -> None:
+        """Whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with write_atomically(self.path(method)) as temporary:
+            torch.save(value, temporary)
+
+
+def _of_problem(
+    problem: LabProblem, methods: list[Method], count: int, store: Store, settings: dict[str, Any]
+) -> list[Row]:
+    truth = _truth(problem, store)
+    drawn: list[tuple[Method, str, Draws]] = []
+    for method in methods:
+        estimator = problem.make(method)
+        draws = _drawn(problem, estimator, method, count, store)
+        drawn.append((method, estimator.unbiased_for or "none", draws))
+        print(f"{problem.name}: {method.label}, {count} draws, {draws.seconds:.3g} s each", flush=True)
+    unit = next((draws for method, _, draws in drawn if method.name == REFERENCE), drawn[0][2])
+    rows = []
+    for method, unbiased_for, draws in drawn:
+        for group, where in {"all": slice(None), **problem.groups}.items():
+            part = truth.part(where)
+            measured = moments(draws.gradients[:, where], part)
+            rows.append(_row(problem.name, method, unbiased_for, group, measured, part, draws, unit, settings))
+    return rows
+
+
+def _truth(problem: LabProblem, store: Store) -> Truth:
+    saved = store.load("truth")
+    if saved is None:
+        print(f"{problem.name}: the true gradient ...", flush=True)
+        truth = problem.truth()
+        store.save("truth", {"gradient": truth.gradient, "noise": truth.noise})
+        return truth
+    return Truth(saved["gradient"], saved["noise"])
+
+
+def _drawn(problem: LabProblem, estimator: Any, method: Method, count: int, store: Store) -> Draws:
+    """`count` draws, those on disk first."""
+    saved = store.load(method) or {"gradients": torch.zeros(0), "reward_calls": 0.0, "seconds": 0.0}
+    have, seconds = len(saved["gradients"]), saved["seconds"]
+    gradients = [saved["gradients"].double()] if have else []
+    calls = saved["reward_calls"]
+    chunk = max(16, -(-count // _CHUNKS))
+    with tqdm(total=count, initial=min(have, count), desc=method.label, unit="draw", leave=False, disable=None) as bar:
+        while have < count:
+            size = min(chunk, count - have)
+            more = problem.draws(estimator, have, size)
+            gradients.append(more.gradients)
+            seconds = (seconds * have + more.seconds * size) / (have + size)
+            calls, have = more.reward_calls, have + size
+            stacked = torch.cat(gradients)
+            store.save(method, {"gradients": stacked.float() if stacked.numel() > 2**22 else stacked,
+                                "reward_calls": calls, "seconds": seconds})  # fmt: skip
+            bar.update(size)
+    return Draws(torch.cat(gradients)[:count], calls, seconds)
+
+
+def _row(
+    problem: str,
+    method: Method,
+    unbiased_for: str,
+    group: str,
+    measured: Moments,
+    truth: Truth,
+    draws: Draws,
+    unit: Draws,
+    settings: dict[str, Any],
+) -> Row:
+    def spread(name: str, interval: Interval) -> dict[str, float]:
+        return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+    bias2, variance = measured.bias2.value, measured.variance.value
+    return Row(
+        problem=problem, estimator=method.label, unbiased_for=unbiased_for, group=group, draws=measured.draws,
+        **spread("bias2", measured.bias2), **spread("variance", measured.variance), **spread("mse", measured.mse),
+        **spread("snr", measured.snr), **spread("cosine", measured.cosine),
+        mean_cosine=measured.mean_cosine, bias_z=measured.bias_z, truth_noise=truth.variance / truth.squared_norm,
+        reward_calls=draws.reward_calls, seconds=draws.seconds,
+        mse_at_equal_calls=bias2 + variance * draws.reward_calls / unit.reward_calls,
+        mse_at_equal_seconds=bias2 + variance * draws.seconds / unit.seconds,
+        settings=json.dumps({"problem": settings, "estimator": asdict(method)}, default=str),
+    )  # fmt: skip
