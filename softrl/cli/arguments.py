@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 BUILTIN_DATASET = "review-openings"
-TRAINERS = ("soft_rollout", "reinforce", "trl_rloo", "trl_grpo")
+TRAINERS = ("soft_rollout", "reinforce", "ppo", "trl_rloo", "trl_grpo")
 
 
 @dataclass
@@ -21,7 +21,7 @@ class TrainArguments:
 
     Args:
         trainer (`str`, *optional*, defaults to `"soft_rollout"`):
-            `"soft_rollout"`, `"reinforce"` (and its `estimator`), or TRL's own `"trl_rloo"` and
+            `"soft_rollout"`, `"reinforce"` (and its `estimator`), `"ppo"`, or TRL's own `"trl_rloo"` and
             `"trl_grpo"` on the same data and rewards. Keys that belong to another trainer are ignored, and named.
         gradient_statistics (`bool`, *optional*, defaults to `False`):
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
@@ -76,6 +76,7 @@ def config_class(trainer: str) -> type:
     classes = {
         "soft_rollout": trainers.SoftRolloutConfig,
         "reinforce": trainers.ReinforceConfig,
+        "ppo": trainers.PPOConfig,
         "trl_rloo": trl_config.TrlRLOOConfig,
         "trl_grpo": trl_config.TrlGRPOConfig,
     }

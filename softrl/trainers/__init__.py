@@ -1,5 +1,7 @@
 """Trainers on top of TRL; a `<name>_config.py` beside each `<name>_trainer.py`."""
 
+from softrl.trainers.ppo_config import PPOConfig
+from softrl.trainers.ppo_trainer import PPOTrainer
 from softrl.trainers.reinforce_config import ReinforceConfig
 from softrl.trainers.reinforce_trainer import ReinforceTrainer
 from softrl.trainers.rollout_config import RolloutConfig
@@ -8,6 +10,8 @@ from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 
 __all__ = [
+    "PPOConfig",
+    "PPOTrainer",
     "ReinforceConfig",
     "ReinforceTrainer",
     "RolloutConfig",
