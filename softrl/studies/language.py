@@ -6,13 +6,13 @@ small models are kept whole, those of large ones as count sketches, one a parame
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from softrl.estimators.adjoint import chosen_method
 from softrl.estimators.base import Estimator, Problem
@@ -66,6 +66,7 @@ class LanguageProblem:
         batch: draws that share one forward pass; more than one pays for tiny models only.
         sketched: keep sketches instead of whole gradients.
         truth_draws: how many RLOO draws stand for the truth; None enumerates all sequences.
+        truth_samples: G of these draws: many samples at once cost less than many draws.
     """
 
     name: str
@@ -78,7 +79,7 @@ class LanguageProblem:
     batch: int = 16
     sketched: bool = False
     truth_draws: int | None = None
-    on_draws: Callable[[int], None] = field(default=lambda count: None)
+    truth_samples: int = 16
 
     def __post_init__(self) -> None:
         self._sampled: dict[tuple[int, int], Sampled] = {}
@@ -107,7 +108,9 @@ class LanguageProblem:
     def truth(self) -> Truth:
         """∇J by enumeration, or the mean of a long RLOO run of other samples, with its error."""
         if self.truth_draws is not None:
-            return Truth.from_draws(self.draws(RLOO, 0, self.truth_draws, TRUTH_SEED).gradients)
+            long_run = replace(self, problem=replace(self.problem, num_samples=self.truth_samples), batch=1)
+            numbers = tqdm(range(self.truth_draws), desc="truth", unit="draw", leave=False, disable=None)
+            return Truth.from_draws(torch.cat([long_run.draws(RLOO, n, 1, TRUTH_SEED).gradients for n in numbers]))
         with evaluating(self.problem.policy.model):
             values = [
                 exact_objective(self._of_prompt(row), self._prompt(row), self.num_steps, self.eos_ids)
@@ -121,11 +124,7 @@ class LanguageProblem:
 
     def _of_prompt(self, row: int) -> Problem:
         columns = {key: values[row : row + 1] for key, values in self.problem.columns.items()}
-        return self._with_columns(columns)
-
-    def _with_columns(self, columns: dict) -> Problem:
-        known = self.problem
-        return Problem(known.policy, known.reward, known.terms, known.truncation, known.num_samples, columns)
+        return replace(self.problem, columns=columns)
 
     def draws(self, estimator: Estimator, first: int, count: int, seed: int | None = None) -> Draws:
         """Estimates number `first` to `first + count - 1`; the same numbers whatever is drawn beside them.
@@ -138,7 +137,6 @@ class LanguageProblem:
             piece, took = self._batch(estimator, numbers, self.seed if seed is None else seed)
             gradients.append(piece)
             seconds += took
-            self.on_draws(len(numbers))
         calls = estimator.cost.reward_calls * self.problem.num_samples * len(self.prompts.ids)
         return Draws(torch.cat(gradients), calls, seconds / count)
 
@@ -163,7 +161,7 @@ class LanguageProblem:
             key: [value for value in values for _ in range(times)] * count
             for key, values in self.problem.columns.items()
         }
-        return self._with_columns(columns)
+        return replace(self.problem, columns=columns)
 
     def random(self, numbers: range, seed: int) -> SequenceRandom:
         """The streams of some draws: keyed by draw, prompt and sample."""

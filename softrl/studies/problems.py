@@ -120,7 +120,8 @@ def trained_lm(
     num_samples: int = 4,
     prompts: int = 2,
     kl: float = 0.0,
-    truth_draws: int = 200,
+    truth_draws: int = 60,
+    truth_samples: int = 16,
     seed: int = 0,
 ) -> LanguageProblem:
     """The policy, prompts and rewards of a training recipe, before training; gradients as sketches.
@@ -133,7 +134,7 @@ def trained_lm(
         recipe, overrides: a recipe of `softrl train`, and keys that replace its own.
         steps, num_samples, prompts: T, G, B.
         kl: weight of the KL to the reference, nats a token.
-        truth_draws: RLOO draws that stand for the truth.
+        truth_draws, truth_samples: RLOO draws that stand for the truth, and the samples a prompt in each.
         seed: of the draws.
     """
     words = [word for key, value in (overrides or {}).items() for word in (f"--{key}", str(value))]
@@ -149,9 +150,9 @@ def trained_lm(
     description = (
         f"{model}, recipe {recipe}{changed}: {prompts} prompts, T={steps}, G={num_samples}, sampling temperature "
         f"{policy.temperature}, reward {trainer.rewards.name}, KL weight {kl}. Truth: the mean of {truth_draws} RLOO "
-        "draws of other samples. Gradients are kept as count sketches, 4,096 numbers for each group of parameters."
+        f"draws of {truth_samples} other samples a prompt. Gradients are kept as count sketches, 4,096 numbers for each group of parameters."
     )
     return LanguageProblem(
         name, description, problem, batch.prompts, steps, trainer.eos_ids, seed, batch=1, sketched=True,
-        truth_draws=truth_draws,
+        truth_draws=truth_draws, truth_samples=truth_samples,
     )  # fmt: skip
