@@ -57,7 +57,7 @@ class CountSketch:
     def _map(self, name: str, length: int) -> tuple[Tensor, Tensor]:
         """Signs of the entries and the shift of each block; kept, since drawing them costs more than using them."""
         if name not in self._maps:
-            key = int.from_bytes(name.encode(), "little") % 2**63
+            key = int.from_bytes(name.encode(), "little")  # all of it: names of layers begin alike
             generator = torch.Generator().manual_seed(sequence_seed(self.seed, key))
             signs = torch.randint(0, 2, (length,), generator=generator, dtype=torch.int8) * 2 - 1
             shifts = torch.randint(0, self.size, (-(-length // self.size),), generator=generator)
