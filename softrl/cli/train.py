@@ -57,6 +57,10 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
         trainer_class = getattr(trainers, ours[arguments.trainer])
         judge = load_judge(arguments.judge)
         trainer = trainer_class(reward_funcs=arguments.reward_funcs, judge=judge, **settings)
+    if arguments.gradient_statistics:
+        from softrl.trainers.gradient_statistics import GradientStatisticsCallback
+
+        GradientStatisticsCallback().add_to(trainer)
     return trainer
 
 

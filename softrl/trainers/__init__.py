@@ -1,5 +1,7 @@
 """Trainers on top of TRL; a `<name>_config.py` beside each `<name>_trainer.py`."""
 
+from softrl.trainers.evaluation import evaluate_policy
+from softrl.trainers.gradient_statistics import GradientStatisticsCallback
 from softrl.trainers.ppo_config import PPOConfig
 from softrl.trainers.ppo_trainer import PPOTrainer
 from softrl.trainers.reinforce_config import ReinforceConfig
@@ -10,6 +12,7 @@ from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 
 __all__ = [
+    "GradientStatisticsCallback",
     "PPOConfig",
     "PPOTrainer",
     "ReinforceConfig",
@@ -18,4 +21,5 @@ __all__ = [
     "RolloutTrainer",
     "SoftRolloutConfig",
     "SoftRolloutTrainer",
+    "evaluate_policy",
 ]
