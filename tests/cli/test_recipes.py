@@ -22,7 +22,10 @@ from softrl.trainers import SoftRolloutTrainer
 pytestmark = pytest.mark.slow  # imports trl
 
 FOLDER = find_recipe("quickstart").parent
-RECIPES = {str(path.relative_to(FOLDER)): path for path in sorted(FOLDER.rglob("*.yaml"))}
+STUDIES = FOLDER / "studies"  # recipes of other commands
+RECIPES = {
+    str(path.relative_to(FOLDER)): path for path in sorted(FOLDER.rglob("*.yaml")) if STUDIES not in path.parents
+}
 V = 80
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **SPECIAL}
