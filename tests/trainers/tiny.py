@@ -1,5 +1,7 @@
 """Trainers of tiny random models, for the tests beside this file."""
 
+from dataclasses import fields
+
 import torch
 from datasets import Dataset
 from helpers import EOS, PairReward, V, llama
@@ -31,21 +33,27 @@ def dataset(count=8):
 
 
 def make(
-    tmp_path, tokenizer, model=None, reward=None, train=None, evaluation=None, peft_config=None, judge=None, **settings
-):
-    """A SoftRolloutTrainer in float64 that trains by SGD, with exact cotangents, at a learning rate that shows."""
-    from softrl.trainers import SoftRolloutConfig, SoftRolloutTrainer
+    tmp_path, tokenizer, model=None, reward=None, train=None, evaluation=None, peft_config=None, judge=None,
+    method="SoftRollout", **settings
+):  # fmt: skip
+    """A trainer in float64 that trains by SGD, with exact cotangents, at a learning rate that shows.
 
+    `method` is the first part of the trainer's name: SoftRollout, Reinforce or PPO.
+    """
+    from softrl import trainers
+
+    config, trainer = (getattr(trainers, f"{method}{suffix}") for suffix in ("Config", "Trainer"))
     defaults = {
         "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "max_completion_length": 5, "top_k": 7,
         "learning_rate": 0.05, "lr_scheduler_type": "constant", "optim": "sgd", "max_steps": 3, "logging_steps": 1,
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "adjoint_tol": 1e-10,
         "gradient_checkpointing": False, "beta": 0.1, "entropy_coef": 0.05, "max_grad_norm": 1.0,
     }  # fmt: skip
-    return SoftRolloutTrainer(
+    known = {field.name for field in fields(config)}
+    return trainer(
         model=model if model is not None else llama(),
         reward_funcs=reward if reward is not None else PairReward(),
-        args=SoftRolloutConfig(**{**defaults, **settings}),
+        args=config(**{name: value for name, value in defaults.items() if name in known} | settings),
         train_dataset=dataset() if train is None else train,
         eval_dataset=dataset(3) if evaluation is None else evaluation,
         processing_class=tokenizer,
@@ -60,3 +68,35 @@ def parameters_of(trainer):
 
 def logs_of(trainer, key):
     return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def numbers_of(trainer):
+    """What every step logged, without times."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("step_time")}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+
+
+def own_forwards(trainer, rollout):
+    """By the models' own forwards, a sequence at a time: log π(x_t), KL_t, H_t, hidden states; lists of N."""
+    found = []
+    temperature = trainer.args.temperature
+    for ids, present, tokens, mask in zip(
+        rollout.prompts.ids, rollout.prompts.mask, rollout.tokens, rollout.mask, strict=True
+    ):
+        prompt, completion = ids[present], tokens[mask]
+        whole = torch.cat([prompt, completion])[None]
+        output = trainer.model(whole, output_hidden_states=True)
+        steps = slice(len(prompt) - 1, -1)
+        log_probs = (output.logits[0, steps] / temperature).log_softmax(-1)
+        reference = log_probs.detach()
+        if trainer.reference is not None:
+            with torch.no_grad():
+                reference = (trainer.reference.model(whole).logits[0, steps] / temperature).log_softmax(-1)
+        kl = (log_probs.exp() * (log_probs - reference)).sum(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        taken = log_probs.gather(-1, completion[:, None])[:, 0]
+        found.append((taken, kl, entropy, output.hidden_states[-1][0, steps]))
+    return found
