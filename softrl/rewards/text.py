@@ -34,6 +34,8 @@ class TextReward:
             it names, or all with `**kwargs`; `log_extra` and `log_metric` do nothing here.
         tokenizer: the policy's.
         name: what logs call it; default: the function's.
+    Raises:
+        TypeError: an asynchronous function.
     """
 
     vocab_size: int | None = None
@@ -42,6 +44,8 @@ class TextReward:
         self.function = function
         self.tokenizer = tokenizer
         self.name = name or name_of(function)
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(f"reward function {self.name!r} is asynchronous; pass one that waits for its answers")
         parameters = inspect.signature(function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self._named = None if takes_all else frozenset(parameters)
@@ -77,8 +81,6 @@ class TextReward:
         return self._as_tensor(self.function(**given), len(rows)).to(ids.device)
 
     def _as_tensor(self, values: Any, count: int) -> Float[Tensor, "N"]:
-        if inspect.isawaitable(values):
-            raise ValueError(f"reward function {self.name!r} is asynchronous; pass a function that waits by itself")
         values = list(values)
         if len(values) != count:
             raise ValueError(

@@ -1,0 +1,76 @@
+"""`evaluate_policy`: the trainers' own evaluation for any model, also one that TRL's trainer trained."""
+
+import pytest
+import torch
+from helpers import PairReward, V, llama
+from trainers.tiny import dataset, make
+from trl import RLOOConfig, RLOOTrainer
+
+from softrl.models.policy import Policy
+from softrl.rewards.base import as_trl
+from softrl.rewards.resolve import resolve_rewards
+from softrl.rewards.token_linear import TokenLinearReward
+from softrl.trainers import evaluate_policy
+from softrl.trainers.evaluation import summary
+
+pytestmark = pytest.mark.slow  # imports trl
+
+
+def judge(texts):
+    return torch.tensor([float(len(text.split())) for text in texts])
+
+
+def test_it_is_the_trainers_own_evaluation(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, judge=judge, temperature=1.3, evaluation=dataset(7), seed=5)
+    trainer.reference.model.load_state_dict(llama(seed=2).state_dict())
+    metrics = trainer.evaluate()
+    for batch_size in (2, 7):
+        samples = evaluate_policy(
+            Policy(trainer.model, 1.3), Policy(llama(seed=2), 1.3), dataset(7), tokenizer, PairReward(), judge,
+            max_completion_length=5, batch_size=batch_size, seed=5,
+        )  # fmt: skip
+        assert [sample.tokens for sample in samples] == [sample.tokens for sample in trainer.last_evaluation]
+        for ours, its in zip(samples, trainer.last_evaluation, strict=True):
+            assert (ours.prompt, ours.completion, ours.judge) == (its.prompt, its.completion, its.judge)
+            assert (ours.reward, ours.kl_nats) == pytest.approx((its.reward, its.kl_nats), rel=1e-6)
+        for name, value in summary(samples).items():
+            assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
+
+
+def test_a_model_that_trl_trained_is_measured_against_its_base(tmp_path, tokenizer):
+    reward = TokenLinearReward(torch.linspace(-2, 2, V), 0.0)
+    args = RLOOConfig(
+        str(tmp_path), per_device_train_batch_size=16, num_generations=4, max_completion_length=5, max_steps=15,
+        beta=0.0, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, learning_rate=0.02,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = RLOOTrainer(
+        llama().float(), as_trl(reward, tokenizer), args, dataset(), processing_class=tokenizer
+    )  # fmt: skip
+    trainer.train()
+    base = llama().float()
+    before, after = (
+        summary(evaluate_policy(Policy(model), Policy(base), dataset(8), tokenizer, [reward], max_completion_length=5))
+        for model in (base, trainer.model)
+    )
+    assert before["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert after["kl"] > 0.01
+    assert after["reward"] > before["reward"] + 0.05
+    assert "judge" not in after
+
+
+def test_functions_of_texts_and_weights(tokenizer):
+    def length(completions, **kwargs):
+        return [float(len(text.split())) for text in completions]
+
+    rewards = resolve_rewards([length, PairReward()], tokenizer, None, differentiates=False)
+    model = llama()
+    samples = evaluate_policy(
+        Policy(model), None, dataset(3), tokenizer, rewards, reward_weights=[2.0, 0.5], max_completion_length=4
+    )
+    for sample in samples:
+        assert sample.rewards["length"] == len(sample.completion.split())
+        assert sample.reward == pytest.approx(2.0 * sample.rewards["length"] + 0.5 * sample.rewards["pair"])
+        assert sample.kl_nats is None
+    with pytest.raises(ValueError, match="needs a column `prompt`"):
+        evaluate_policy(Policy(model), None, dataset(3).rename_column("prompt", "text"), tokenizer, rewards)
