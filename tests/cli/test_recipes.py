@@ -58,6 +58,38 @@ def test_no_two_recipes_write_to_the_same_folder():
     assert len(set(folders)) == len(folders)
 
 
+REVIEWS = [name for name in RECIPES if name.startswith("reviews/")]
+OF_THE_METHOD = {"output_dir", "logging_dir", "run_name", "logging_steps", "max_steps", "logging_nan_inf_filter"}
+
+
+@pytest.mark.parametrize("name", REVIEWS)
+def test_recipes_of_one_comparison_differ_in_the_method_only(name):
+    """Everything that the trainers have in common is the same, and any of the recipes runs every method."""
+    from dataclasses import fields
+
+    from softrl.cli.arguments import TRAINERS
+    from softrl.trainers import RolloutConfig
+
+    (base, first, model), (other, second, other_model) = (
+        parse(["--config", str(RECIPES[each])]) for each in ("reviews/soft_rollout.yaml", name)
+    )
+    assert other_model == model
+    assert {**vars(other), "trainer": None} == {**vars(base), "trainer": None}
+    shared = {field.name for field in fields(RolloutConfig)} & set(vars(second)) - OF_THE_METHOD
+    assert {"beta", "temperature", "num_generations", "learning_rate", "max_completion_length"} <= shared
+    different = {key for key in shared if getattr(second, key) != getattr(first, key)}
+    assert different <= {"min_p", "accelerator_config"}  # TRL's None for no minimum
+    assert second.min_p in (0.0, None)
+    for trainer in TRAINERS:
+        assert parse(["--config", str(RECIPES[name]), "--trainer", trainer])[0].trainer == trainer
+
+
+def test_the_comparison_holds_every_trainer():
+    from softrl.cli.arguments import TRAINERS
+
+    assert {parse(["--config", str(RECIPES[name])])[0].trainer for name in REVIEWS} == set(TRAINERS)
+
+
 def tokenizer():
     return word_tokenizer(vocab_size=V)
 

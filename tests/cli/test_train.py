@@ -144,3 +144,92 @@ def test_what_the_model_arguments_say_reaches_the_trainer(tmp_path, monkeypatch)
     build_trainer(*parse([*recipe, "--load_in_4bit", "true", "--use_peft", "true", "--lora_r", "3"]))
     assert given["quantization_config"].load_in_4bit is True
     assert given["peft_config"].r == 3
+
+
+MODULE = """
+def words(completions, **kwargs):
+    return [sum(word in ("w5", "w9", "w14") for word in text.split()) / 5 for text in completions]
+"""
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """Arguments that any trainer takes steps with: a tiny model, prompts in a file, a function of texts."""
+    from helpers import llama
+    from trainers.tiny import word_tokenizer
+
+    llama().float().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("".join(f"w{3 + i % 7} w{4 + i % 5}\n" for i in range(40)))
+    (tmp_path / "users_functions.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.delitem(__import__("sys").modules, "users_functions", raising=False)
+    settings = {
+        "model_name_or_path": "model", "dtype": "float32", "dataset_name": "prompts.txt", "judge": "none",
+        "reward_funcs": "users_functions.words", "num_eval_prompts": 8, "num_generations": 2, "max_steps": 2,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 5, "beta": 0.1,
+        "output_dir": "run", "report_to": "none", "logging_steps": 1, "use_cpu": "true", "disable_tqdm": "true",
+        "save_strategy": "no", "top_k": 3, "learning_rate": 0.01,
+    }  # fmt: skip
+    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("trainer", ["reinforce", "ppo", "trl_rloo", "trl_grpo"])
+def test_every_trainer_runs_from_the_same_arguments(tiny_run, capsys, monkeypatch, trainer):
+    built, original = [], build_trainer
+    monkeypatch.setattr("softrl.cli.train.build_trainer", lambda *args: built.append(original(*args)) or built[-1])
+    assert main([*tiny_run, "--trainer", trainer, "--gradient_statistics", "true"]) == 0
+    said = capsys.readouterr().out
+    assert (f"trainer={trainer!r} has no use for top_k" in said) == (trainer != "reinforce")
+    (run,) = built
+    rows = [row for row in run.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    assert all("grad/snr" in row for row in rows)
+    assert "rewards/words/mean" in rows[0]
+    assert run.args.max_completion_length == 5
+    assert getattr(run, "beta", 0.1) == 0.1
+    if trainer.startswith("trl_"):
+        assert run.args.top_k == 0, "K of soft tokens must not truncate TRL's sampler"
+        assert type(run).__module__.startswith("trl.")
+
+
+def test_a_pathwise_trainer_refuses_a_function_of_texts(tiny_run, capsys):
+    assert main(tiny_run) == 2
+    assert "'words' is a function of completions: its value cannot be differentiated" in capsys.readouterr().err
+
+
+def test_the_trainer_is_chosen_by_the_recipe_or_the_command_line(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("trainer: ppo\nlam: 0.5\nrelaxation: st_gumbel\n")
+    arguments, training, _ = parse(["--config", str(path)])
+    assert (arguments.trainer, type(training).__name__, training.lam) == ("ppo", "PPOConfig", 0.5)
+    assert capsys.readouterr().out == "softrl train: trainer='ppo' has no use for relaxation\n"
+    arguments, training, _ = parse(["--config", str(path), "--trainer=soft_rollout", "--hops", "1"])
+    assert (arguments.trainer, training.relaxation, training.hops) == ("soft_rollout", "st_gumbel", 1)
+    assert capsys.readouterr().out == "softrl train: trainer='soft_rollout' has no use for lam\n"
+    for extra, message in (
+        (["--trainer", "rloo"], r"trainer must be one of \('soft_rollout', .*got 'rloo'"),
+        (["--lamm", "1"], "unknown key 'lamm' on the command line: did you mean 'lam'"),
+        (["--trainer", "trl_grpo", "--hop", "1"], "unknown key 'hop' on the command line: did you mean 'hops'"),
+        (["--trainer", "reinforce", "--num_generations", "1"], "num_generations must be at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(["--config", str(path), *extra])
+
+
+def test_trl_has_the_defaults_of_the_others():
+    """A key that is not given means the same everywhere, but for those that a sampler or a group needs otherwise."""
+    from dataclasses import fields
+
+    from softrl.trainers import ReinforceConfig
+    from softrl.trainers.trl_config import TrlGRPOConfig, TrlRLOOConfig
+
+    ours = {field.name: field.default for field in fields(ReinforceConfig)}
+    for config in (TrlRLOOConfig, TrlGRPOConfig):
+        different = {
+            field.name for field in fields(config) if field.name in ours and field.default != ours[field.name]
+        }
+        assert different <= {"top_k", "min_p", "num_generations"}
+    assert TrlRLOOConfig("x", min_p=0.0, report_to=[], use_cpu=True).min_p is None
+    assert TrlRLOOConfig("x", report_to=[], use_cpu=True).bf16 is False
