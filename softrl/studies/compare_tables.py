@@ -53,7 +53,9 @@ def rows_of(records: list[Record]) -> list[Row]:
 
 
 def _rows_of_run(record: Record) -> list[Row]:
-    of_run = {key: record[key] for key in ("stage", "method", "trainer", "beta", "seed", "learning_rate", "status")}
+    of_run: dict[str, Any] = {
+        key: record[key] for key in ("stage", "method", "trainer", "beta", "seed", "learning_rate", "status")
+    }
     if not record["points"]:
         return [Row(**of_run)]
     return [
@@ -69,8 +71,8 @@ def _rows_of_run(record: Record) -> list[Row]:
     ]  # fmt: skip
 
 
-def _changes(record: Record, point: Point) -> dict[str, float]:
-    changes: dict[str, float] = {}
+def _changes(record: Record, point: Point) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
     for metric in METRICS:
         if point.get(metric) is not None:
             change, error = change_by_prompt(record, point, metric)
@@ -97,7 +99,7 @@ class Change:
         mean: over seeds.
         error: standard error over seeds; over prompts where there is one seed.
         prompt_error: standard error of the mean from the prompts of each seed alone.
-        z: mean over error.
+        z: mean over the larger error; few seeds may agree by chance, and all share their prompts.
     """
 
     mean: float
@@ -106,7 +108,8 @@ class Change:
 
     @property
     def z(self) -> float:
-        return self.mean / self.error if self.error > 0 else math.nan
+        larger = max(self.error, self.prompt_error)
+        return self.mean / larger if larger > 0 else math.nan
 
     @staticmethod
     def of(records: list[Record], metric: str) -> "Change | None":
@@ -168,7 +171,8 @@ def sorted_cells(records: list[Record]) -> list[tuple[str, float]]:
 def at_kl(points: list[Point], kl_nats: float, metric: str) -> float | None:
     """A metric where a run first passes a KL per completion, linear between its evaluations; None if it does not."""
     for before, after in itertools.pairwise(points):
-        low, high = before["kl_completion"], after["kl_completion"]
+        low = before["kl_completion"] if before["step"] else 0.0  # it starts at zero up to rounding
+        high = after["kl_completion"]
         if low <= kl_nats <= high and high > low:
             share = (kl_nats - low) / (high - low)
             return before[metric] + share * (after[metric] - before[metric])
