@@ -12,6 +12,7 @@ COMMANDS = {
     "quickstart": "train SmolLM2-135M to write favourable reviews, and print before and after (about five minutes)",
     "train": "train a policy from a recipe: softrl train --config recipes/quickstart.yaml [--key value ...]",
     "bench": "measure seconds, memory and errors: softrl bench rollout | blocks | memory | hops",
+    "variance": "bias, variance and price of gradient estimators: softrl variance --config studies/quick",
     "study": "measure what a setting does, as a figure: softrl study entropy-bound",
     "compare": "learning curves and reward against KL for several methods: softrl compare --config compare-quick",
     "assets": "fetch, check, convert and cache the embedded model, reviews, encoder and rewards",

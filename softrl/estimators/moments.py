@@ -96,14 +96,12 @@ def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Mom
     gram = errors @ errors.T
     along = errors @ truth.gradient
     cosines = torch.nn.functional.cosine_similarity(gradients, truth.gradient[None], dim=1)
-    everything = torch.full((count,), 1.0 / count, dtype=gradients.dtype)
-    point = _statistics(gram, along, cosines, everything, truth)
+    everything = torch.full((1, count), 1.0 / count, dtype=gradients.dtype)
+    point = _statistics(gram, along, cosines, everything, truth)[0]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, count, (_RESAMPLES, count), generator=generator)
-    resampled = torch.stack([
-        _statistics(gram, along, cosines, torch.bincount(row, minlength=count).to(gram.dtype) / count, truth)
-        for row in rows
-    ])  # fmt: skip
+    weights = torch.stack([torch.bincount(row, minlength=count) for row in rows]).to(gram.dtype) / count
+    resampled = _statistics(gram, along, cosines, weights, truth)
     # Basic bootstrap about the resamples' own mean: a resample repeats draws, which shifts bias² by the mean's noise.
     low = point - (resampled.quantile(0.975, 0) - resampled.mean(0))
     high = point - (resampled.quantile(0.025, 0) - resampled.mean(0))
@@ -119,22 +117,21 @@ def _statistics(
     gram: Float[Tensor, "D D"],
     along: Float[Tensor, "D"],
     cosines: Float[Tensor, "D"],
-    weights: Float[Tensor, "D"],
+    weights: Float[Tensor, "R D"],
     truth: Truth,
-) -> Float[Tensor, "5"]:
-    """bias², variance, mse, snr, cosine of weighted draws."""
-    count, scale = len(weights), truth.squared_norm
-    of_mean = weights @ gram @ weights  # ‖mean − truth‖²
-    second = (weights * gram.diagonal()).sum()
+) -> Float[Tensor, "R 5"]:
+    """bias², variance, mse, snr, cosine of weighted draws, for every row of weights."""
+    count, scale = weights.shape[1], truth.squared_norm
+    of_mean = (weights @ gram * weights).sum(1)  # ‖mean − truth‖²
+    second = weights @ gram.diagonal()
     variance = ((second - of_mean) * count / (count - 1)).clamp(min=0.0)  # rounding, where there is no noise
     bias2 = of_mean - variance / count - truth.variance
-    mean_norm2 = (of_mean + 2 * (weights * along).sum() + truth.gradient.square().sum() - variance / count).clamp(
-        min=0
-    )
+    along_mean = weights @ along
+    mean_norm2 = (of_mean + 2 * along_mean + truth.gradient.square().sum() - variance / count).clamp(min=0.0)
     snr = (mean_norm2 / variance.clamp(min=torch.finfo(gram.dtype).tiny)).sqrt()
     # The truth's own noise is in every error once.
     mse = second - truth.variance
-    return torch.stack([bias2 / scale, variance / scale, mse / scale, snr, (weights * cosines).sum()])
+    return torch.stack([bias2 / scale, variance / scale, mse / scale, snr, weights @ cosines], 1)
 
 
 def largest_z(gradients: Float[Tensor, "D P"], truth: Float[Tensor, "P"]) -> float:

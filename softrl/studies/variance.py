@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +95,12 @@ def expanded(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield settings | dict(zip(lists, values, strict=True))
 
 
+def problem_name(spec: ProblemSpec, settings: dict[str, Any]) -> str:
+    """The entry's name, and what its lists stand at in one of its problems."""
+    several = [key for key, value in spec.settings.items() if isinstance(value, list)]
+    return ", ".join([spec.name, *(f"{key} {settings[key]}" for key in several)])
+
+
 class LabProblem(Protocol):
     """What the laboratory draws from."""
 
@@ -170,9 +177,8 @@ def make_problems(
     kinds = ("tiny_lm", "trained_lm", *ONE_STEP_PROBLEMS)
     if spec.kind not in kinds:
         raise ValueError(f"problem {spec.name!r}: kind must be one of {list(kinds)}, got {spec.kind!r}")
-    several = [key for key, value in spec.settings.items() if isinstance(value, list)]
     for settings in expanded(spec.settings):
-        name = ", ".join([spec.name, *(f"{key} {settings[key]}" for key in several)])
+        name = problem_name(spec, settings)
         given = {"seed": seed} | settings
         try:
             if spec.kind == "tiny_lm":
@@ -294,7 +300,7 @@ def _truth(problem: LabProblem, store: Store) -> Truth:
 
 def _drawn(problem: LabProblem, estimator: Any, method: Method, count: int, store: Store) -> Draws:
     """`count` draws, those on disk first."""
-    saved = store.load(method) or {"gradients": torch.zeros(0), "reward_calls": 0.0, "seconds": 0.0}
+    saved = store.load(method) or {"gradients": torch.zeros(0), "reward_calls": 0.0, "seconds": []}
     have, seconds = len(saved["gradients"]), saved["seconds"]
     gradients = [saved["gradients"].double()] if have else []
     calls = saved["reward_calls"]
@@ -304,13 +310,14 @@ def _drawn(problem: LabProblem, estimator: Any, method: Method, count: int, stor
             size = min(chunk, count - have)
             more = problem.draws(estimator, have, size)
             gradients.append(more.gradients)
-            seconds = (seconds * have + more.seconds * size) / (have + size)
+            seconds = [*seconds, more.seconds]
             calls, have = more.reward_calls, have + size
             stacked = torch.cat(gradients)
             store.save(method, {"gradients": stacked.float() if stacked.numel() > 2**22 else stacked,
                                 "reward_calls": calls, "seconds": seconds})  # fmt: skip
             bar.update(size)
-    return Draws(torch.cat(gradients)[:count], calls, seconds)
+    # The median: the first chunk warms up, and on a shared machine some other job slows one or two down.
+    return Draws(torch.cat(gradients)[:count], calls, median(seconds))
 
 
 def _row(
