@@ -70,6 +70,7 @@ class CompareConfig:
         common: keys over the base's.
         tuning: how learning rates are chosen; None keeps those of the recipe.
         equal_kl_nats: where the report interpolates, nats a completion.
+        reference: the method that the report takes differences from; the first one by default.
         notes: shown in the report.
         base_settings: the keys of the base recipe.
     """
@@ -86,6 +87,7 @@ class CompareConfig:
     common: dict[str, Any] = field(default_factory=dict)
     tuning: Tuning | None = None
     equal_kl_nats: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0])
+    reference: str | None = None
     notes: str = ""
     base_settings: dict[str, Any] = field(default_factory=dict)
 
@@ -201,6 +203,9 @@ def load_config(path: Path, find_recipe: Callable[[str], Path]) -> CompareConfig
         values["tuning"] = _tuning(given["tuning"], path, values["seeds"])
     values["methods"] = list(_methods(_filled(given, "methods", path), values, path))
     _check_numbers(values, path)
+    names = [method.name for method in values["methods"]]
+    if given.get("reference") not in (None, *names):
+        raise ValueError(f"{path}: reference must be one of the methods {names}, got {given['reference']!r}")
     return CompareConfig(**values)
 
 

@@ -63,7 +63,7 @@ def _legend(figure: Any, axis: Any, looks: dict[str, dict[str, str]]) -> None:
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(
         [unique[name] for name in looks if name in unique], [name for name in looks if name in unique],
-        loc="outside lower center", ncols=4, frameon=False,
+        loc="outside lower center", ncols=min(len(unique), 5), frameon=False,
     )  # fmt: skip
 
 
@@ -162,5 +162,7 @@ def _diversity(records: list[Record], looks: dict[str, dict[str, str]]) -> Any:
         axis.set_xlabel(_LABELS["reward"])
         axis.set_ylabel(label)
     axes.flat[1].set_yscale("log")
+    for formatter in (axes.flat[1].yaxis.set_major_formatter, axes.flat[1].yaxis.set_minor_formatter):
+        formatter(lambda value, position: f"{value:g}")
     _legend(figure, axes.flat[0], {**looks, "base": {}})
     return figure

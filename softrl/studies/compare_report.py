@@ -1,5 +1,7 @@
 """The report of `softrl compare`: rows as CSV and Parquet, figures, one page that holds them all."""
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,20 @@ from softrl.assets import write_atomically
 from softrl.studies.compare_config import CompareConfig
 from softrl.studies.compare_figures import draw
 from softrl.studies.compare_tables import (
+    METRICS,
     Change,
     Final,
     Record,
     Row,
+    at_equal_kl,
+    at_equal_samples,
+    at_equal_seconds,
     curve_beta,
+    difference,
     finals,
     finished,
     mean_at_kl,
     rows_of,
-    sorted_cells,
 )
 from softrl.studies.html import embedded, number, with_error, write_page
 from softrl.studies.tables import write_csv
@@ -47,6 +53,11 @@ the two standard errors. Seconds a rollout are those of all training on it; for 
 seeds that get there, their number in brackets where it is not all. The row of all KL weights averages those of a seed
 first. Blank: no run gets there.</p>
 {{ table(equal_kl[0], equal_kl[1], 2) }}
+{% if differences %}<h2>Differences from {{ reference }}</h2>
+<p>Each method less {{ reference }}, paired by seed: at the end of the runs (equal samples), after as many seconds of
+training as the shorter of the two runs has (equal seconds), and at equal KL. Mean ± standard error over seeds, the
+number of seeds in brackets where it is not all. One seed gives no error, and decides nothing.</p>
+{{ table(differences[0], differences[1], 2) }}{% endif %}
 {% if figures %}<h2>Figures</h2>
 {% for name, source in figures.items() %}{{ figure(source, captions[name]) }}{% endfor %}{% endif %}
 <h2>Runs</h2>
@@ -81,6 +92,7 @@ def write_report(config: CompareConfig, records: list[Record], command: str) -> 
         "summary": [line for end in ends for line in summary_lines(end)],
         "setup": _setup(config, records), "tuning": _tuning(config, records), "tuning_text": _tuning_text(config),
         "final": _final_table(ends), "equal_kl": _equal_kl_table(config, records),
+        "reference": config.reference or config.methods[0].name, "differences": _differences(config, records),
         "figures": {name: embedded(path) for name, path in figures.items()}, "captions": _captions(records),
         "failed": _failed(records), "runs_text": _runs_text(config, records),
     }  # fmt: skip
@@ -212,7 +224,7 @@ def _cell(change: Change | None) -> str:
 
 def _final_table(ends: list[Final]) -> Table:
     columns = [
-        "method", "KL weight", "learning rate", "seeds", "reward change", "by prompt", "z", "judge change", "z",
+        "method", "KL weight", "learning rate", "seeds", "reward change", "by prompt", "z of reward", "judge change", "z of judge",
         "KL, nats a completion", "distinct-2", "base perplexity", "tokens", "s a rollout", "samples", "seconds",
     ]  # fmt: skip
     rows = []
@@ -237,26 +249,63 @@ def _z(change: Change | None) -> str:
 
 
 def _equal_kl_table(config: CompareConfig, records: list[Record]) -> Table:
-    done = finished(records)
-    metrics = [name for name in ("reward", "judge") if done and done[0]["points"][0].get(name) is not None]
-    levels = config.equal_kl_nats
+    done, levels = finished(records), config.equal_kl_nats
+    metrics = _measured(done)
     columns = ["method", "KL weight", *(f"{metric} at {kl:g} nats" for metric in metrics for kl in levels)]
-    rows = []
-    for method in dict.fromkeys(record["method"] for record in done):
-        runs = [record for record in done if record["method"] == method]
-        weights = [beta for name, beta in sorted_cells(done) if name == method]
-        groups = {f"{beta:g}": [record for record in runs if record["beta"] == beta] for beta in weights}
-        for label, group in {**groups, **({"all": runs} if len(weights) > 1 else {})}.items():
-            rows.append([method, label, *(_at(group, kl, metric) for metric in metrics for kl in levels)])
+    rows = [
+        [method, label, *(_of_seeds(mean_at_kl(group, kl, metric), group) for metric in metrics for kl in levels)]
+        for method, label, group in _groups(done)
+    ]
     return columns, rows
 
 
-def _at(records: list[Record], kl_nats: float, metric: str) -> str:
-    mean, error, reached = mean_at_kl(records, kl_nats, metric)
+def _differences(config: CompareConfig, records: list[Record]) -> Table | None:
+    done, name = finished(records), config.reference or config.methods[0].name
+    reference = [record for record in done if record["method"] == name]
+    others = [record for record in done if record["method"] != name]
+    if not reference or not others:
+        return None
+    metrics = _measured(done)
+    columns = ["method", "KL weight"]
+    for metric in metrics:
+        columns += [
+            f"{metric} at equal samples",
+            "at equal seconds",
+            *(f"at {kl:g} nats" for kl in config.equal_kl_nats),
+        ]
+    rows = []
+    for method, label, group in _groups(others):
+        cells = []
+        for metric in metrics:
+            ways = [partial(at_equal_samples, metric=metric), partial(at_equal_seconds, metric=metric)]
+            ways += [partial(at_equal_kl, metric=metric, kl_nats=kl) for kl in config.equal_kl_nats]
+            cells += [_of_seeds(difference(group, reference, way), group, signed=True) for way in ways]
+        rows.append([method, label, *cells])
+    return columns, rows
+
+
+def _measured(records: list[Record]) -> list[str]:
+    return [name for name in METRICS if records and records[0]["points"][0].get(name) is not None]
+
+
+def _groups(records: list[Record]) -> Iterator[tuple[str, str, list[Record]]]:
+    """A method's runs by KL weight, then, if there are several, all of them."""
+    for method in dict.fromkeys(record["method"] for record in records):
+        runs = [record for record in records if record["method"] == method]
+        weights = sorted({record["beta"] for record in runs})
+        for beta in weights:
+            yield method, f"{beta:g}", [record for record in runs if record["beta"] == beta]
+        if len(weights) > 1:
+            yield method, "all", runs
+
+
+def _of_seeds(measured: tuple[float, float, int], records: list[Record], signed: bool = False) -> str:
+    """Mean and error, and the number of seeds where it is not all of them; blank for none."""
+    mean, error, reached = measured
     if not reached:
         return ""
     seeds = len({record["seed"] for record in records})
-    return with_error(mean, error) + (f" ({reached})" if reached < seeds else "")
+    return with_error(mean, error, signed) + (f" ({reached})" if reached < seeds else "")
 
 
 def _failed(records: list[Record]) -> Table:

@@ -5,7 +5,7 @@ Numbers in, numbers out: nothing is trained or drawn here.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,35 +168,78 @@ def sorted_cells(records: list[Record]) -> list[tuple[str, float]]:
 # At equal KL
 
 
-def at_kl(points: list[Point], kl_nats: float, metric: str) -> float | None:
-    """A metric where a run first passes a KL per completion, linear between its evaluations; None if it does not."""
+def at(points: list[Point], key: str, level: float, metric: str) -> float | None:
+    """A metric where a run first passes a KL per completion, or a number of seconds.
+
+    Linear between its evaluations; None if it does not get there, or the metric was not measured.
+    """
     for before, after in itertools.pairwise(points):
-        low = before["kl_completion"] if before["step"] else 0.0  # it starts at zero up to rounding
-        high = after["kl_completion"]
-        if low <= kl_nats <= high and high > low:
-            share = (kl_nats - low) / (high - low)
-            return before[metric] + share * (after[metric] - before[metric])
+        low = before[key] if before["step"] else 0.0  # a KL starts at zero up to rounding
+        high = after[key]
+        if low <= level <= high and high > low and after.get(metric) is not None:
+            share = (level - low) / (high - low)
+            return float(before[metric] + share * (after[metric] - before[metric]))
     return None
 
 
-def mean_at_kl(records: list[Record], kl_nats: float, metric: str, change: bool = False) -> tuple[float, float, int]:
+def mean_at_kl(records: list[Record], kl_nats: float, metric: str) -> tuple[float, float, int]:
     """Mean over seeds, standard error and number of the seeds that reach a KL.
 
     Several runs of a seed, with different KL weights, are averaged first: they share their random numbers.
-
-    Args:
-        change: from the start of each run, instead of the value.
     """
     by_seed: dict[int, list[float]] = {}
     for record in records:
-        points = record["points"]
-        if points[0].get(metric) is None:
-            continue
-        value = at_kl(points, kl_nats, metric)
+        value = at(record["points"], "kl_completion", kl_nats, metric)
         if value is not None:
-            by_seed.setdefault(record["seed"], []).append(value - (points[0][metric] if change else 0.0))
+            by_seed.setdefault(record["seed"], []).append(value)
     mean, error = mean_and_error(sum(values) / len(values) for values in by_seed.values())
     return mean, error, len(by_seed)
+
+
+# Differences from another method's run with the same seed and KL weight
+
+
+def at_equal_samples(run: Record, other: Record, metric: str) -> float | None:
+    """Difference at the last evaluation after which both have drawn the same number of samples."""
+    others = {point["samples"]: point for point in other["points"]}
+    shared = [(point, others[point["samples"]]) for point in run["points"] if point["samples"] in others]
+    mine, theirs = shared[-1]
+    return None if mine.get(metric) is None else mine[metric] - theirs[metric]
+
+
+def at_equal_seconds(run: Record, other: Record, metric: str) -> float | None:
+    """Difference after as many seconds of training as the shorter run has, linear between evaluations."""
+    seconds = min(each["points"][-1]["seconds"] for each in (run, other))
+    mine, theirs = (at(each["points"], "seconds", seconds, metric) for each in (run, other))
+    return None if mine is None or theirs is None else mine - theirs
+
+
+def at_equal_kl(run: Record, other: Record, metric: str, kl_nats: float) -> float | None:
+    """Difference where each first passes a KL; None if either does not."""
+    mine, theirs = (at(each["points"], "kl_completion", kl_nats, metric) for each in (run, other))
+    return None if mine is None or theirs is None else mine - theirs
+
+
+def difference(
+    records: list[Record], reference: list[Record], between: Callable[[Record, Record], float | None]
+) -> tuple[float, float, int]:
+    """Mean over seeds of a method's runs less the reference's, its standard error, and the number of seeds.
+
+    Runs are paired by seed, which gives them the same prompts and random streams, and by KL weight; the pairs of a
+    seed are averaged first.
+    """
+    others = {(record["seed"], record["beta"]): record for record in reference}
+    by_seed: dict[int, list[float]] = {}
+    for record in records:
+        other = others.get((record["seed"], record["beta"]))
+        value = None if other is None else between(record, other)
+        if value is not None:
+            by_seed.setdefault(record["seed"], []).append(value)
+    mean, error = mean_and_error(sum(values) / len(values) for values in by_seed.values())
+    return mean, error, len(by_seed)
+
+
+# Curves
 
 
 def mean_curve(records: list[Record], metric: str) -> list[dict[str, float]]:
