@@ -12,14 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 _RESAMPLES = 400
+_BATCHES = 32  # of a truth's draws, kept for its error along itself
 
 
 @dataclass(frozen=True)
 class Truth:
-    """∇J, or a sketch of it: exact, or a mean of draws; `noise` is then the variance of each of its entries."""
+    """∇J, or a sketch of it: exact, or a mean of draws.
+
+    `noise` is then the variance of each of its entries, `batches` the means of parts of the draws.
+    """
 
     gradient: Float[Tensor, "P"]
     noise: Float[Tensor, "P"] | None = None
+    batches: Float[Tensor, "K P"] | None = None
 
     @classmethod
     def from_draws(cls, gradients: Float[Tensor, "D P"]) -> "Truth":
@@ -30,16 +35,26 @@ class Truth:
         """
         if len(gradients) < 2:
             raise ValueError(f"a mean of draws has no error with {len(gradients)} draws; make at least two")
-        return cls(gradients.mean(0), gradients.var(0) / len(gradients))
+        parts = gradients.tensor_split(min(_BATCHES, len(gradients)))
+        batches = torch.stack([part.mean(0) for part in parts])
+        return cls(gradients.mean(0), gradients.var(0) / len(gradients), batches)
 
     def part(self, where: slice) -> "Truth":
         """That of some of the parameters."""
-        return Truth(self.gradient[where], None if self.noise is None else self.noise[where])
+        noise = None if self.noise is None else self.noise[where]
+        return Truth(self.gradient[where], noise, None if self.batches is None else self.batches[:, where])
 
     @property
     def variance(self) -> float:
         """How far the mean is from ∇J, squared, in expectation; 0 if exact."""
         return 0.0 if self.noise is None else self.noise.sum().item()
+
+    @property
+    def variance_along(self) -> float:
+        """Variance of the mean's error along the mean, times its squared norm; 0 if exact."""
+        if self.batches is not None:
+            return ((self.batches @ self.gradient).var() / len(self.batches)).item()
+        return 0.0 if self.noise is None else (self.noise * self.gradient.square()).sum().item()
 
     @property
     def squared_norm(self) -> float:
@@ -63,7 +78,7 @@ class Moments:
 
     `bias2`, `variance`, `mse`: of one draw, over ‖∇J‖². `snr`: ‖mean‖ over the root of the variance. `cosine`: of a
     single draw with ∇J, averaged. `mean_cosine`: of the mean of all draws, what remains when noise is averaged out.
-    `bias_z`: the bias along ∇J in standard errors; NaN for an estimate without noise.
+    `bias_z`: the bias along ∇J in standard errors, the truth's own included; NaN for an estimate without noise.
     """
 
     draws: int
@@ -106,9 +121,10 @@ def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Mom
     low = point - (resampled.quantile(0.975, 0) - resampled.mean(0))
     high = point - (resampled.quantile(0.025, 0) - resampled.mean(0))
     bias2, variance, mse, snr, cosine = (Interval(*values) for values in torch.stack([point, low, high], 1).tolist())
-    spread = along.std() / count**0.5
+    # A noisy truth t is longer than ∇J by its variance: E[(ĝ − t)·t] = −tr Var(t) without any bias.
+    spread = (along.var() / count + truth.variance_along).sqrt()
     has_noise = spread > 1e-12 * truth.gradient.square().sum()
-    bias_z = (along.mean() / spread).item() if has_noise else float("nan")
+    bias_z = ((along.mean() + truth.variance) / spread).item() if has_noise else float("nan")
     mean_cosine = torch.nn.functional.cosine_similarity(gradients.mean(0), truth.gradient, dim=0).item()
     return Moments(count, bias2, variance, mse, snr, cosine, mean_cosine, bias_z)
 

@@ -293,9 +293,9 @@ def _truth(problem: LabProblem, store: Store) -> Truth:
     if saved is None:
         print(f"{problem.name}: the true gradient ...", flush=True)
         truth = problem.truth()
-        store.save("truth", {"gradient": truth.gradient, "noise": truth.noise})
+        store.save("truth", vars(truth))
         return truth
-    return Truth(saved["gradient"], saved["noise"])
+    return Truth(**saved)
 
 
 def _drawn(problem: LabProblem, estimator: Any, method: Method, count: int, store: Store) -> Draws:
