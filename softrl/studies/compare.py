@@ -22,6 +22,7 @@ from softrl.studies.compare_run import Cycle, PolicyEvaluator, Record, measured
 from softrl.studies.report import load_samples, save_samples
 from softrl.trainers import PPOConfig, ReinforceConfig, RolloutConfig, SoftRolloutConfig
 from softrl.trainers.evaluation import Judge, Sample
+from softrl.trainers.trl_config import TrlGRPOConfig, TrlRLOOConfig
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ class Study:
 def method_keys() -> set[str]:
     """Keys that say how a policy is trained, and nothing of how it is sampled and measured."""
     shared = {each.name for each in fields(RolloutConfig)}
-    own = {each.name for kind in (SoftRolloutConfig, ReinforceConfig, PPOConfig) for each in fields(kind)}
+    kinds = (SoftRolloutConfig, ReinforceConfig, PPOConfig, TrlRLOOConfig, TrlGRPOConfig)
+    own = {each.name for kind in kinds for each in fields(kind)}
     return (own - shared) | {"trainer", "beta", "learning_rate"}
 
 

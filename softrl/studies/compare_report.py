@@ -224,7 +224,8 @@ def _cell(change: Change | None) -> str:
 
 def _final_table(ends: list[Final]) -> Table:
     columns = [
-        "method", "KL weight", "learning rate", "seeds", "reward change", "by prompt", "z of reward", "judge change", "z of judge",
+        "method", "KL weight", "learning rate", "seeds",
+        "reward change", "by prompt", "z of reward", "judge change", "z of judge",
         "KL, nats a completion", "distinct-2", "base perplexity", "tokens", "s a rollout", "samples", "seconds",
     ]  # fmt: skip
     rows = []
