@@ -42,7 +42,8 @@ class GradientStatisticsCallback(TrainerCallback):
     their ratio: the signal-to-noise ratio of one micro-batch's gradient.
 
     Gradients are read in hooks as they are accumulated, before clipping, and kept as count sketches: norms are right
-    within 1.6 / sqrt(size), one standard deviation. Parameters that take no gradient in a micro-batch count as zero.
+    within 1.6 / sqrt(size), one standard deviation. Parameters that take no gradient in a micro-batch count as zero; a
+    value head's are left out, so that the policy's gradients are compared.
     With several processes under DDP every process's micro-batches count. Under fp16 both are those of the scaled loss.
     Use `add_to(trainer)` rather than `callbacks=[...]`: trackers are told what earlier callbacks put into a log.
 
@@ -94,7 +95,7 @@ class GradientStatisticsCallback(TrainerCallback):
             )
         self._remove()
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and "value_head" not in name.split("."):
                 hook = partial(self._on_gradient, name)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 

@@ -57,8 +57,9 @@ class RolloutTrainer(BaseTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy: a name (hub, local folder, or `"smollm2-135m"`), a causal LM, or a PEFT model around one.
         reward_funcs (`Reward`, `str`, `Callable`, [`~transformers.PreTrainedModel`], or a `list` of them):
-            Objects with a soft and a hard face, names, sequence classifiers in the policy's vocabulary, or
-            differentiable functions of soft tokens, see [`~softrl.rewards.resolve.resolve_rewards`].
+            Objects with a soft and a hard face, names, sequence classifiers in the policy's vocabulary, differentiable
+            functions of soft tokens or, where they need not be differentiated, TRL's functions of texts; see
+            [`~softrl.rewards.resolve.resolve_rewards`].
         args ([`RolloutConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`], *optional*):

@@ -99,3 +99,16 @@ def test_one_micro_batch_a_step_warns_once_and_logs_nothing(tmp_path, tokenizer,
     assert len(said) == 1
     assert "gradient_accumulation_steps" in said[0]
     assert not any(key in row for row in trainer.state.log_history for key in KEYS)
+
+
+def test_a_value_heads_gradient_is_left_out(tmp_path, tokenizer):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    logged = []
+    for coefficient in (0.0, 100.0):
+        trainer = make(
+            tmp_path, tokenizer, method="Reinforce", estimator="reinforce_value", vf_coef=coefficient, **settings
+        )
+        GradientStatisticsCallback().add_to(trainer)
+        trainer.train()
+        logged += logs_of(trainer, "grad/variance")
+    assert logged[0] == pytest.approx(logged[1], rel=1e-6)

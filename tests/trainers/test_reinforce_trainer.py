@@ -323,3 +323,23 @@ def test_truncated_completions_are_left_out(tmp_path, tokenizer):
     ended = (rollout.tokens == 1).any(-1)
     assert 0 < ended.sum() < len(ended)
     assert (grads["model.embed_tokens.weight"] - masked["model.embed_tokens.weight"]).norm() > 1e-6
+
+
+def test_schedules_reach_the_estimator(tmp_path, tokenizer):
+    seen = []
+    for estimator in ("combined", "soft_score", "rloo"):
+        trainer = reinforce(tmp_path, tokenizer, estimator, top_k="linear:9->5@2", beta="linear:0.2->0.0@2")
+        original = trainer.rollout
+
+        def rollout(batch, trainer=trainer, original=original):
+            relaxation = trainer.estimator.relaxation
+            seen.append((None if relaxation is None else relaxation.truncation.top_k, trainer.terms.kl_weight))
+            return original(batch)
+
+        trainer.rollout = rollout
+        trainer.train()
+        assert logs_of(trainer, "beta") == pytest.approx([0.2, 0.1, 0.0])
+        assert logs_of(trainer, "top_k") == ([] if estimator == "rloo" else [9, 7, 5])
+    ks, weights = [9, 7, 5, 9, 7, 5, None, None, None], [0.2, 0.1, 0.0] * 3
+    assert [k for k, _ in seen] == ks
+    assert [weight for _, weight in seen] == pytest.approx(weights)
