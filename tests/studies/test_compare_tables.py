@@ -48,7 +48,7 @@ def line(kls, rewards, seconds=None, **settings):
 
 
 def test_values_at_equal_kl_are_where_a_run_first_passes_it():
-    points = line([-1e-7, 2.0, 1.0, 5.0], [0.2, 0.6, 0.0, 1.0])["points"]
+    points = line([1e-7, 2.0, 1.0, 5.0], [0.2, 0.6, 0.0, 1.0])["points"]
     assert at(points, "kl_completion", 0.0, "reward") == pytest.approx(0.2)  # the start, whose KL is rounded
     assert at(points, "kl_completion", 0.5, "reward") == pytest.approx(0.3)
     assert at(points, "kl_completion", 1.5, "reward") == pytest.approx(0.5)  # not on the way back
@@ -83,6 +83,9 @@ def test_changes_are_paired_by_prompt_and_averaged_over_seeds():
     assert change.error == pytest.approx(0.1)
     assert change.prompt_error == pytest.approx(0.05)
     assert change.z == pytest.approx(2.0)  # by the larger error
+    agreeing = Change.of([first, record(first["points"], seed=2)], "reward")  # by chance
+    assert (agreeing.error, agreeing.prompt_error) == pytest.approx((0.0, 0.1 / 2**0.5))
+    assert agreeing.z == pytest.approx(3.0 * 2**0.5)
     alone = Change.of([first], "reward")
     assert (alone.error, alone.z) == pytest.approx((0.1, 3.0))
     assert Change.of([first], "judge") is None
