@@ -38,7 +38,7 @@ def _run(given: argparse.Namespace, argv: list[str]) -> int:
     import datasets
     from transformers.utils import logging
 
-    from softrl.cli.train import build_trainer, find_recipe, load_judge, parse
+    from softrl.cli.train import build_trainer, find_recipe, load_judge, load_prompts, parse
     from softrl.studies.compare import Study, Tools
     from softrl.studies.compare_config import load_config
     from softrl.studies.compare_report import write_report
@@ -51,7 +51,8 @@ def _run(given: argparse.Namespace, argv: list[str]) -> int:
     methods = _chosen(given.methods, {method.name: method for method in config.methods}, "--methods")
     seeds = _chosen(given.seeds, {seed: seed for seed in config.seeds}, "--seeds")
     _chosen(given.betas, {beta: beta for method in config.methods for beta in method.betas}, "--betas")
-    study = Study(config, Tools(lambda words: parse(words, "softrl compare"), build_trainer, load_judge))
+    tools = Tools(lambda words: parse(words, "softrl compare"), build_trainer, load_prompts, load_judge)
+    study = Study(config, tools)
     if not given.only_report:
         try:
             study.train(methods, given.betas, seeds)

@@ -12,12 +12,15 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from softrl.assets import write_atomically
-from softrl.studies.compare_config import CompareConfig, Method, Run
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+
+from softrl.assets import resolve_model, write_atomically, write_folder_atomically
+from softrl.studies.compare_config import CompareConfig, Method, Run, hashed
 from softrl.studies.compare_run import Cycle, PolicyEvaluator, Record, measured
 from softrl.studies.report import load_samples, save_samples
 from softrl.trainers import PPOConfig, ReinforceConfig, RolloutConfig, SoftRolloutConfig
@@ -27,10 +30,11 @@ from softrl.trainers.trl_config import TrlGRPOConfig, TrlRLOOConfig
 
 @dataclass(frozen=True)
 class Tools:
-    """What `softrl.cli` lends: words to arguments, arguments to a trainer, a judge by name."""
+    """What `softrl.cli` lends: words to arguments, arguments to a trainer or to prompts, a judge by name."""
 
     parse: Callable[[list[str]], tuple[Any, Any, Any]]
     build_trainer: Callable[[Any, Any, Any], Any]
+    load_prompts: Callable[[Any, Any], tuple[Dataset, Dataset]]
     load_judge: Callable[[str], Judge | None]
 
 
@@ -174,6 +178,7 @@ class Study:
         args.max_steps = Cycle.of(args).steps_for(run.max_samples, "max_samples")
         judge = self._judge(arguments.judge)
         arguments.judge = "none"  # scored at the evaluation points, so that its seconds are not a method's
+        self._use_saved_prompts(arguments, model_args)
         trainer = self.tools.build_trainer(arguments, args, model_args)
         evaluator = PolicyEvaluator(trainer, arguments, model_args, judge)
         record = measured(
@@ -181,6 +186,21 @@ class Study:
             lambda point, cycle: self.write(progress.line(run, point, cycle)),
         )  # fmt: skip
         return {"trainer": arguments.trainer, **record}
+
+    def _use_saved_prompts(self, arguments: Any, model_args: Any) -> None:
+        """Let a run read its prompts from the output folder: cutting them out of a corpus takes seconds every time."""
+        made_of = {key: value for key, value in asdict(arguments).items() if "prompt" in key or "dataset" in key}
+        made_of["model"] = [model_args.model_name_or_path, model_args.model_revision]
+        folder = Path(self.config.output_dir) / f"prompts-{hashed(made_of)}"
+        if not folder.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(model_args.model_name_or_path), revision=model_args.model_revision
+            )
+            train, test = self.tools.load_prompts(arguments, tokenizer)
+            with write_folder_atomically(folder) as temporary:
+                DatasetDict({"train": train, "test": test}).save_to_disk(temporary)
+        arguments.dataset_name, arguments.prompt_prefix = str(folder), ""
+        arguments.dataset_train_split, arguments.dataset_test_split = "train", "test"
 
     def _judge(self, name: str) -> Judge | None:
         if name not in self._judges:

@@ -154,13 +154,13 @@ class Run:
     def path(self, output_dir: str | Path) -> Path:
         """Where its record lies: runs with other settings or budgets have another name."""
         budget = [self.max_samples, self.evaluate_every_samples, self.max_seconds]
-        name = f"{slug(self.method)}-beta{self.beta:g}-seed{self.seed}-{_hash([self.settings, budget])}.json"
+        name = f"{slug(self.method)}-beta{self.beta:g}-seed{self.seed}-{hashed([self.settings, budget])}.json"
         return Path(output_dir) / "runs" / name
 
     def start_path(self, output_dir: str | Path, method_keys: set[str]) -> Path:
         """Where the evaluation before training lies, which runs share that differ in `method_keys` only."""
         shared = {key: value for key, value in self.settings.items() if key not in method_keys}
-        return Path(output_dir) / "runs" / f"start-seed{self.seed}-{_hash(shared)}.json"
+        return Path(output_dir) / "runs" / f"start-seed{self.seed}-{hashed(shared)}.json"
 
 
 def _word(value: Any) -> str:
@@ -169,7 +169,8 @@ def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _hash(value: Any) -> str:
+def hashed(value: Any) -> str:
+    """A short name of a value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 

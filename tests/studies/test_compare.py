@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from datasets import load_from_disk
 from trainers.tiny import word_tokenizer
 from transformers import TrainerControl, TrainerState
 
 from softrl.cli import compare as command
 from softrl.cli import train as train_command
-from softrl.cli.train import build_trainer, find_recipe, load_judge, parse
+from softrl.cli.train import build_trainer, find_recipe, load_judge, load_prompts, parse
 from softrl.studies import compare_run
 from softrl.studies.compare import Study, Tools, tuning_score
 from softrl.studies.compare_config import load_config
@@ -29,7 +30,7 @@ METHODS = [
     {"name": "TRL's RLOO", "trainer": "trl_rloo", "num_iterations": 2},
     {"name": "broken", "learning_rate": 1e30},
 ]
-TOOLS = Tools(lambda words: parse(words, "softrl compare"), build_trainer, load_judge)
+TOOLS = Tools(lambda words: parse(words, "softrl compare"), build_trainer, load_prompts, load_judge)
 
 
 def judge(texts):
@@ -112,6 +113,16 @@ def test_all_methods_start_from_the_same_evaluation_and_move(ran):
     ends = [ran.records[name]["points"][-1] for name in WORKING]
     assert all(end["kl_completion"] > 1e-4 for end in ends)  # without a KL weight there is a reference nevertheless
     assert all(len(ran.records[name]["completions"]) == HELD_OUT for name in WORKING)
+
+
+def test_prompts_are_made_once_and_are_those_of_the_base(ran, folder):
+    (saved,) = ran.out.glob("prompts-*")
+    arguments, _, _ = parse(["--config", str(folder / "base.yaml")])
+    train, test = load_prompts(arguments, None)
+    kept = load_from_disk(str(saved))
+    assert (kept["train"]["prompt"], kept["test"]["prompt"]) == (train["prompt"], test["prompt"])
+    prompts = [sample["prompt"] for sample in ran.records["PPO"]["completions"]]
+    assert prompts == test["prompt"][:]
 
 
 def test_a_run_that_breaks_is_a_failed_row(ran):
