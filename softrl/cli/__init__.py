@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a policy from a recipe: softrl train --config recipes/quickstart.yaml [--key value ...]",
     "bench": "measure seconds, memory and errors: softrl bench rollout | blocks | memory | hops",
     "variance": "bias, variance and price of gradient estimators: softrl variance --config studies/quick",
+    "sweep": "one recipe at many values of its keys: softrl sweep --config RECIPE --grid key=1,2 --output_dir DIR",
     "study": "measure what a setting does, as a figure: softrl study entropy-bound",
     "compare": "learning curves and reward against KL for several methods: softrl compare --config compare-quick",
     "assets": "fetch, check, convert and cache the embedded model, reviews, encoder and rewards",

@@ -106,7 +106,7 @@ def _table(problem: str, rows: "list[Row]") -> Any:
     from rich.table import Table
 
     from softrl.studies.variance_figures import has_bias
-    from softrl.studies.variance_report import number, scaled_mse
+    from softrl.studies.variance_report import number
 
     table = Table(title=escape(problem), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("estimator", overflow="fold", min_width=16)
@@ -124,6 +124,6 @@ def _table(problem: str, rows: "list[Row]") -> Any:
         table.add_column(title, justify="right", no_wrap=True)
     for row in sorted(rows, key=lambda row: row.mse):
         bias2 = number(row.bias2) if has_bias(row) else "≈ 0"
-        errors = (row.variance, row.mse, scaled_mse(row), row.mse_at_equal_calls, row.mse_at_equal_seconds, row.cosine)
+        errors = (row.variance, row.mse, row.scaled_mse, row.mse_at_equal_calls, row.mse_at_equal_seconds, row.cosine)
         table.add_row(escape(row.estimator), row.unbiased_for, bias2, *map(number, errors))
     return table

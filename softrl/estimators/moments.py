@@ -76,15 +76,18 @@ class Interval:
 class Moments:
     """What a table row shows of one estimator.
 
-    `bias2`, `variance`, `mse`: of one draw, over ‖∇J‖². `snr`: ‖mean‖ over the root of the variance. `cosine`: of a
-    single draw with ∇J, averaged. `mean_cosine`: of the mean of all draws, what remains when noise is averaged out.
-    `bias_z`: the bias along ∇J in standard errors, the truth's own included; NaN for an estimate without noise.
+    `bias2`, `variance`, `mse`: of one draw, over ‖∇J‖². `scaled_mse`: the least mse that a fixed factor before the
+    draw can reach, `1 − (E ĝ·∇J)² / (‖∇J‖² E‖ĝ‖²)`; a learning rate absorbs the factor. `snr`: ‖mean‖ over the root of
+    the variance. `cosine`: of a single draw with ∇J, averaged. `mean_cosine`: of the mean of all draws, what remains
+    when noise is averaged out. `bias_z`: the bias along ∇J in standard errors, the truth's own included; NaN for an
+    estimate without noise.
     """
 
     draws: int
     bias2: Interval
     variance: Interval
     mse: Interval
+    scaled_mse: Interval
     snr: Interval
     cosine: Interval
     mean_cosine: float
@@ -120,13 +123,14 @@ def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Mom
     # Basic bootstrap about the resamples' own mean: a resample repeats draws, which shifts bias² by the mean's noise.
     low = point - (resampled.quantile(0.975, 0) - resampled.mean(0))
     high = point - (resampled.quantile(0.025, 0) - resampled.mean(0))
-    bias2, variance, mse, snr, cosine = (Interval(*values) for values in torch.stack([point, low, high], 1).tolist())
+    intervals = (Interval(*values) for values in torch.stack([point, low, high], 1).tolist())
+    bias2, variance, mse, scaled_mse, snr, cosine = intervals
     # A noisy truth t is longer than ∇J by its variance: E[(ĝ − t)·t] = −tr Var(t) without any bias.
     spread = (along.var() / count + truth.variance_along).sqrt()
     has_noise = spread > 1e-12 * truth.gradient.square().sum()
     bias_z = ((along.mean() + truth.variance) / spread).item() if has_noise else float("nan")
     mean_cosine = torch.nn.functional.cosine_similarity(gradients.mean(0), truth.gradient, dim=0).item()
-    return Moments(count, bias2, variance, mse, snr, cosine, mean_cosine, bias_z)
+    return Moments(count, bias2, variance, mse, scaled_mse, snr, cosine, mean_cosine, bias_z)
 
 
 def _statistics(
@@ -135,8 +139,8 @@ def _statistics(
     cosines: Float[Tensor, "D"],
     weights: Float[Tensor, "R D"],
     truth: Truth,
-) -> Float[Tensor, "R 5"]:
-    """bias², variance, mse, snr, cosine of weighted draws, for every row of weights."""
+) -> Float[Tensor, "R 6"]:
+    """bias², variance, mse, scaled mse, snr, cosine of weighted draws, for every row of weights."""
     count, scale = weights.shape[1], truth.squared_norm
     of_mean = (weights @ gram * weights).sum(1)  # ‖mean − truth‖²
     second = weights @ gram.diagonal()
@@ -147,7 +151,11 @@ def _statistics(
     snr = (mean_norm2 / variance.clamp(min=torch.finfo(gram.dtype).tiny)).sqrt()
     # The truth's own noise is in every error once.
     mse = second - truth.variance
-    return torch.stack([bias2 / scale, variance / scale, mse / scale, snr, weights @ cosines], 1)
+    # (E ĝ·∇J)² less the noise of that mean, over E‖ĝ‖²
+    inner = (along_mean + truth.gradient.square().sum() - truth.variance).square() - along.var() / count
+    of_draw = second + 2 * along_mean + truth.gradient.square().sum()
+    scaled = (1.0 - inner / (scale * of_draw).clamp(min=torch.finfo(gram.dtype).tiny)).clamp(0.0, 1.0)
+    return torch.stack([bias2 / scale, variance / scale, mse / scale, scaled, snr, weights @ cosines], 1)
 
 
 def largest_z(gradients: Float[Tensor, "D P"], truth: Float[Tensor, "P"]) -> float:

@@ -30,7 +30,7 @@ _ADJOINT_KEYS = ("method", "hops", "feedback_discount", "adjoint_clip", "tol", "
 
 @dataclass(frozen=True)
 class Method:
-    """An estimator as a recipe names it: `{name: st_gumbel, hops: 2, label: "two hops"}`, or just its name."""
+    """An estimator as a recipe names it: `{name: st_gumbel, hops: 2, label: "{hops} hops"}`, or just its name."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Method:
         """From a recipe's entry.
 
         Raises:
-            ValueError: neither a name nor a mapping with one.
+            ValueError: neither a name nor a mapping with one; a label with a setting that is not there.
         """
         if isinstance(given, str):
             return cls(given, {}, given)
@@ -49,7 +49,11 @@ class Method:
             raise ValueError(f"estimators: expected a name or a mapping with `name`, got {given!r}")
         settings = {key: value for key, value in given.items() if key not in ("name", "label")}
         shown = ", ".join(f"{key} {value}" for key, value in settings.items())
-        return cls(given["name"], settings, given.get("label") or ", ".join(filter(None, (given["name"], shown))))
+        try:
+            label = str(given.get("label") or "").format(**settings)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"estimators: label {given['label']!r} of {given['name']!r} has no {error}") from error
+        return cls(given["name"], settings, label or ", ".join(filter(None, (given["name"], shown))))
 
 
 def make_estimator(method: Method, language: LanguageProblem) -> Estimator:
@@ -207,6 +211,7 @@ def fitted_value(language: LanguageProblem) -> Callable[[Float[Tensor, "N T D"]]
     scaled = (features - mean) / spread
     scaled = torch.cat([scaled, torch.ones_like(scaled[:, :1])], 1)
     penalty = _RIDGE * len(scaled) * torch.eye(scaled.shape[1], dtype=torch.float64)
+    penalty[-1, -1] = 0.0  # not of the level, however large it is beside the spread
     weight = torch.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ targets)
 
     def value(states: Float[Tensor, "N T D"]) -> Float[Tensor, "N T"]:

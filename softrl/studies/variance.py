@@ -32,7 +32,10 @@ REFERENCE = "rloo"  # the estimator whose cost is the unit of budgets, where a p
 
 @dataclass(frozen=True)
 class ProblemSpec:
-    """A problem of a recipe. A list among the settings, or in an estimator's, stands for one of each."""
+    """A problem of a recipe. A list among the settings, or in an estimator's, stands for one of each.
+
+    A key with a dot is one of a mapping: `reward_settings.sharpness`.
+    """
 
     name: str
     kind: str
@@ -98,7 +101,17 @@ def expanded(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def problem_name(spec: ProblemSpec, settings: dict[str, Any]) -> str:
     """The entry's name, and what its lists stand at in one of its problems."""
     several = [key for key, value in spec.settings.items() if isinstance(value, list)]
-    return ", ".join([spec.name, *(f"{key} {settings[key]}" for key in several)])
+    return ", ".join([spec.name, *(f"{key.split('.')[-1]} {settings[key]}" for key in several)])
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with `{"a.b": c}` as `{"a": {"b": c}}`, beside what "a" has already."""
+    whole = {key: value for key, value in settings.items() if "." not in key}
+    for key, value in settings.items():
+        if "." in key:
+            first, rest = key.split(".", 1)
+            whole[first] = nested((whole.get(first) or {}) | {rest: value})
+    return whole
 
 
 class LabProblem(Protocol):
@@ -109,6 +122,11 @@ class LabProblem(Protocol):
 
     @property
     def groups(self) -> dict[str, slice]: ...
+
+    @property
+    def batch(self) -> int:
+        """Draws that are made together."""
+        ...
 
     def truth(self) -> Truth: ...
 
@@ -130,6 +148,10 @@ class _Language:
     def groups(self) -> dict[str, slice]:
         return self.language.groups
 
+    @property
+    def batch(self) -> int:
+        return self.language.batch
+
     def truth(self) -> Truth:
         return self.language.truth()
 
@@ -142,6 +164,8 @@ class _Language:
 
 class _OneStep:
     """A one-step problem as the laboratory sees it; its estimators are made by name at every draw."""
+
+    batch = 16
 
     def __init__(self, name: str, problem: OneStepProblem):
         self.name, self.description, self.problem = name, problem.description, problem
@@ -179,7 +203,7 @@ def make_problems(
         raise ValueError(f"problem {spec.name!r}: kind must be one of {list(kinds)}, got {spec.kind!r}")
     for settings in expanded(spec.settings):
         name = problem_name(spec, settings)
-        given = {"seed": seed} | settings
+        given = nested({"seed": seed} | settings)
         try:
             if spec.kind == "tiny_lm":
                 yield given, _Language(tiny_lm(name, **given))
@@ -209,6 +233,9 @@ class Row:
     mse: float
     mse_low: float
     mse_high: float
+    scaled_mse: float
+    scaled_mse_low: float
+    scaled_mse_high: float
     snr: float
     snr_low: float
     snr_high: float
@@ -233,14 +260,22 @@ def run(config: VarianceConfig, make_trainer: MakeTrainer) -> tuple[list[Row], d
     for spec in config.problems:
         for settings, problem in make_problems(spec, config.seed, make_trainer):
             descriptions[problem.name] = problem.description
-            methods = [Method.parsed(each) for given in spec.estimators for each in _expanded_method(given)]
+            methods = _methods(spec)
             store = Store(folder, {"kind": spec.kind, "settings": settings})
             rows += _of_problem(problem, methods, spec.draws or config.draws, store, settings)
     return rows, descriptions
 
 
-def _expanded_method(given: Any) -> list[Any]:
-    return list(expanded(given)) if isinstance(given, dict) else [given]
+def _methods(spec: ProblemSpec) -> list[Method]:
+    """One of every estimator of an entry; ValueError where two have one label."""
+    every = [each for given in spec.estimators for each in (expanded(given) if isinstance(given, dict) else [given])]
+    methods = [Method.parsed(each) for each in every]
+    labels = [method.label for method in methods]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(
+            f"problem {spec.name!r}, estimators: {twice} come more than once; give them labels that differ"
+        )
+    return methods
 
 
 @dataclass(frozen=True)
@@ -304,7 +339,7 @@ def _drawn(problem: LabProblem, estimator: Any, method: Method, count: int, stor
     have, seconds = len(saved["gradients"]), saved["seconds"]
     gradients = [saved["gradients"].double()] if have else []
     calls = saved["reward_calls"]
-    chunk = max(16, -(-count // _CHUNKS))
+    chunk = problem.batch * -(-count // (_CHUNKS * problem.batch))
     with tqdm(total=count, initial=min(have, count), desc=method.label, unit="draw", leave=False, disable=None) as bar:
         while have < count:
             size = min(chunk, count - have)
@@ -338,6 +373,7 @@ def _row(
     return Row(
         problem=problem, estimator=method.label, unbiased_for=unbiased_for, group=group, draws=measured.draws,
         **spread("bias2", measured.bias2), **spread("variance", measured.variance), **spread("mse", measured.mse),
+        **spread("scaled_mse", measured.scaled_mse),
         **spread("snr", measured.snr), **spread("cosine", measured.cosine),
         mean_cosine=measured.mean_cosine, bias_z=measured.bias_z, truth_noise=truth.variance / truth.squared_norm,
         reward_calls=draws.reward_calls, seconds=draws.seconds,

@@ -135,7 +135,7 @@ def sweeps_of_problems(config: VarianceConfig, rows: Sequence[Row]) -> Iterator[
                 values = {problem_name(spec, rest | {key: value}): value for value in lists[key]}
                 told = "".join(f", {name} {rest[name]}" for name in lists if name != key)
                 curves = _curves((row.estimator, values[row.problem], row) for row in rows if row.problem in values)
-                yield Sweep(key, spec.name + told, curves)
+                yield Sweep(key.split(".")[-1], spec.name + told, curves)
 
 
 def sweeps_of_estimators(rows: Sequence[Row]) -> Iterator[Sweep]:

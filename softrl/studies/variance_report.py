@@ -71,18 +71,6 @@ class Column:
     field: str = ""
 
 
-def scaled_mse(row: Row) -> float:
-    """The least mse of one draw that a fixed factor before it can reach: `1 − (E ĝ·∇J)² / (‖∇J‖² E‖ĝ‖²)`.
-
-    A learning rate absorbs that factor. An estimator that is merely short has little mse beside its use.
-    """
-    if row.variance < ROUNDING:
-        return 1.0 - row.mean_cosine**2
-    squared_mean = row.snr**2 * row.variance
-    along = (squared_mean + 1.0 - row.bias2) / 2.0
-    return min(max(1.0 - along**2 / (squared_mean + row.variance), 0.0), 1.0)
-
-
 def _measured(title: str, field: str, sign: float = 1.0) -> Column:
     return Column(title, lambda row: number(getattr(row, field)), lambda row: sign * getattr(row, field), field)
 
@@ -98,7 +86,7 @@ COLUMNS = (
     Column("bias²", lambda row: number(row.bias2), lambda row: row.bias2 if has_bias(row) else 0.0, "bias2"),
     _measured("variance", "variance"),
     _measured("mse", "mse"),
-    Column("mse at the best scale", lambda row: number(scaled_mse(row)), scaled_mse),
+    _measured("mse at the best scale", "scaled_mse"),
     Column("signal-to-noise", lambda row: number(_snr(row)), lambda row: -_snr(row)),
     _measured("cosine of a draw", "cosine", -1.0),
     Column("cosine of the mean", lambda row: number(row.mean_cosine), lambda row: -row.mean_cosine),
@@ -147,7 +135,7 @@ def _is_off(row: Row) -> bool:
 
 MEASURES: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("mse of one draw", lambda row: row.mse),
-    ("mse at the best scale", scaled_mse),
+    ("mse at the best scale", lambda row: row.scaled_mse),
     ("mse at equal reward calls", lambda row: row.mse_at_equal_calls),
     ("mse at equal seconds", lambda row: row.mse_at_equal_seconds),
     ("variance of the unbiased", lambda row: row.variance if row.unbiased_for == "hard" else float("inf")),
