@@ -193,3 +193,27 @@ ALL_REWARDS = {
 # These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
 REWARDS_OF_FEW_WEIGHTS = ("repetition", "length", "length, target")
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")
+
+# Estimators of language models, as recipes name them: `softrl.studies.methods` makes them.
+ALL_ESTIMATORS = {
+    "REINFORCE": "reinforce",
+    "REINFORCE, running mean": "reinforce_running_mean",
+    "REINFORCE, learned value": "reinforce_value",
+    "RLOO": "rloo",
+    "GRPO": "grpo",
+    "GRPO without scaling": {"name": "grpo", "scale_rewards": "none", "normalization": "sum"},
+    "Dr. GRPO": "dr_grpo",
+    "PPO, lambda 1": {"name": "ppo", "gae_lambda": 1.0},
+    "PPO, lambda 0.5": {"name": "ppo", "gae_lambda": 0.5, "normalization": "token_mean"},
+    "softmax": "softmax",
+    "Gumbel-softmax": "gumbel_softmax",
+    "straight-through": "straight_through",
+    "ST-Gumbel": "st_gumbel",
+    "ST-Gumbel, one hop": {"name": "st_gumbel", "hops": 1},
+    "Gumbel-Rao": {"name": "gumbel_rao", "num_draws": 4},
+    "ReinMax": "reinmax",
+    "control variate": {"name": "pathwise_control_variate", "hops": 1},
+    "control variate, regression": {"name": "pathwise_control_variate", "hops": 0, "coefficient": "regression"},
+    "combined": {"name": "combined", "weight": 0.5},
+    "policy gradient on soft tokens": "soft_score",
+}
