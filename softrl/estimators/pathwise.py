@@ -208,12 +208,20 @@ class Pathwise:
         sweeps = float("nan") if self.settings.hops is None else self.settings.hops
         return Cost(reward_calls=1, forwards=2, backwards=sweeps + 1, gradient_calls=1)
 
-    def estimate(self, problem: Problem, rollout: Rollout, rewards: Float[Tensor, "N"] | None = None) -> Estimate:
-        """Phase 2; the reward's soft face is called here, so `rewards` is not read."""
+    def estimate(
+        self,
+        problem: Problem,
+        rollout: Rollout,
+        rewards: Float[Tensor, "N"] | None = None,
+        forward: ForwardPass | None = None,
+    ) -> Estimate:
+        """Phase 2; the reward's soft face is called here, so `rewards` is not read. `forward`: see `surrogate`."""
         columns = dict(problem.columns)
         return pathwise_estimate(
-            problem.policy, rollout, self.relaxation, problem.reward, problem.terms, self.settings, columns
+            problem.policy, rollout, self.relaxation, problem.reward, problem.terms, self.settings, columns, forward
         )
 
-    def surrogate(self, problem: Problem, estimate: Estimate) -> Float[Tensor, "N"]:
-        return surrogate(problem.policy, self.relaxation, estimate, problem.terms, self.settings).value
+    def surrogate(
+        self, problem: Problem, estimate: Estimate, forward: ForwardPass | None = None
+    ) -> Float[Tensor, "N"]:
+        return surrogate(problem.policy, self.relaxation, estimate, problem.terms, self.settings, forward).value
