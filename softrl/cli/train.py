@@ -70,8 +70,10 @@ def _trl_trainer(arguments: TrainArguments, settings: dict[str, Any]) -> Any:
 
     from softrl.rewards.base import as_trl
     from softrl.rewards.resolve import resolve_rewards
+    from softrl.trainers.loading import supported_dtype
 
-    tokenizer = settings["processing_class"]
+    tokenizer, loading = settings["processing_class"], settings["args"].model_init_kwargs
+    loading["dtype"] = supported_dtype(loading["dtype"], settings["args"].device)
     rewards = resolve_rewards(arguments.reward_funcs, tokenizer, settings["model"], differentiates=False)
     trainer_class = trl.RLOOTrainer if arguments.trainer == "trl_rloo" else trl.GRPOTrainer
     return trainer_class(reward_funcs=[as_trl(reward, tokenizer) for reward in rewards], **settings)
