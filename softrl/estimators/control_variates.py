@@ -7,7 +7,7 @@ reward, the less variance. Source: ours (softrl maths, section 4).
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -54,7 +54,7 @@ class PathwiseControlVariate:
     settings: AdjointSettings = field(default_factory=lambda: AdjointSettings(hops=2))
     coefficient: float | Literal["regression"] = 1.0
 
-    unbiased_for: UnbiasedFor = "hard"
+    unbiased_for: ClassVar[UnbiasedFor] = "hard"
 
     def __post_init__(self) -> None:
         if not self.relaxation.feeds_one_hot:

@@ -118,7 +118,8 @@ def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Mom
     point = _statistics(gram, along, cosines, everything, truth)[0]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, count, (_RESAMPLES, count), generator=generator)
-    weights = torch.stack([torch.bincount(row, minlength=count) for row in rows]).to(gram.dtype) / count
+    times = torch.zeros(_RESAMPLES, count, dtype=gram.dtype)
+    weights = times.scatter_add_(1, rows, torch.ones_like(times)) / count
     resampled = _statistics(gram, along, cosines, weights, truth)
     # Basic bootstrap about the resamples' own mean: a resample repeats draws, which shifts bias² by the mean's noise.
     low = point - (resampled.quantile(0.975, 0) - resampled.mean(0))

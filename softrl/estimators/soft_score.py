@@ -7,6 +7,7 @@ ids that were not kept enter through A: leaving them out biases the gradient. So
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -63,8 +64,8 @@ class SoftScoreFunction:
 
     relaxation: GumbelSoftmax = field(default_factory=lambda: GumbelSoftmax(Truncation(64)))
 
-    unbiased_for: UnbiasedFor = "soft"
-    cost: Cost = field(default_factory=lambda: Cost(reward_calls=1, forwards=2, backwards=1))
+    unbiased_for: ClassVar[UnbiasedFor] = "soft"
+    cost: ClassVar[Cost] = Cost(reward_calls=1, forwards=2, backwards=1)
 
     def __post_init__(self) -> None:
         if not isinstance(self.relaxation, GumbelSoftmax) or self.relaxation.feeds_one_hot:

@@ -150,8 +150,8 @@ def trained_lm(
     description = (
         f"{model}, recipe {recipe}{changed}: {prompts} prompts, T={steps}, G={num_samples}, sampling temperature "
         f"{policy.temperature}, reward {trainer.rewards.name}, KL weight {kl}. Truth: the mean of {truth_draws} RLOO "
-        f"draws of {truth_samples} other samples a prompt. Gradients are kept as count sketches, 4,096 numbers for each "
-        "group of parameters."
+        f"draws of {truth_samples} other samples a prompt. Gradients are kept as count sketches of 4,096 numbers, one "
+        "for each group of parameters."
     )
     return LanguageProblem(
         name, description, problem, batch.prompts, steps, trainer.eos_ids, seed, batch=1, sketched=True,
