@@ -11,7 +11,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 LINES = ("-", "--", ":")
 _SHADES = 12  # of each colour towards white, in a PNG's palette
-_AWAY = ((6, 4), (6, -9), (-6, 4), (-6, -9), (0, 9), (0, -15), (12, 12), (12, -17), (-12, 12), (-12, -17))
+# Offsets of a label's lower edge from its point, in points.
+_AWAY = ((6, 2), (6, -11), (-6, 2), (-6, -11), (0, 7), (0, -16), (12, 9), (12, -18), (-12, 9), (-12, -18))
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def pyplot() -> Any:
     return plt
 
 
-def png(figure: Any, dpi: int = 110) -> bytes:
+def png(figure: Any, dpi: int = 96) -> bytes:
     """The figure as a PNG with a palette of our colours and their shades, a third of the size of one without.
 
     The figure is closed.
@@ -67,60 +70,58 @@ def place_labels(axis: Any, points: Sequence[tuple[float, float]], texts: Sequen
     Call it when the axis has its limits; points are in data coordinates.
     """
     figure = axis.figure
-    figure.canvas.draw()
-    figure.set_layout_engine("none")  # what is laid out stays there, whatever the labels measure
     pixels = axis.transData.transform(points)
-    dots = [(x - 5.0, y - 5.0, x + 5.0, y + 5.0) for x, y in pixels]
-    taken: list[tuple[float, float, float, float]] = []
+    taken = [(x - 5.0, y - 5.0, x + 5.0, y + 5.0) for x, y in pixels]
     frame = axis.get_window_extent()
     inside = (frame.x0, frame.y0, frame.x1, frame.y1)
-    for (x, y), text in zip(points, texts, strict=True):
-        best = None
-        for reach in (1.0, 1.7, 2.6, 3.8, 5.2, 7.0, 9.0):
-            for dx, dy in _AWAY:
-                label = _label(axis, text, (x, y), (dx * reach, dy * reach), size, reach > 1.0)
-                box = _box(label, figure)
-                cost = _outside(box, inside) * 10.0 + sum(_overlap(box, other) for other in (*taken, *dots))
-                if best is None or cost < best[0]:
-                    best = (cost, (dx * reach, dy * reach), reach, box)
-                label.remove()
-                if cost == 0.0:
-                    break
-            if best is not None and best[0] == 0.0:
-                break
-        assert best is not None
-        taken.append(best[3])
-        _label(axis, text, (x, y), best[1], size, best[2] > 1.0)
+    for at, pixel, text in zip(points, pixels, texts, strict=True):
+        measured = _label(axis, text, at, (6.0, 4.0), size, False)
+        extent = measured.get_window_extent(figure.canvas.get_renderer())
+        measured.remove()
+        away, box = _free_place(pixel, (extent.width, extent.height), taken, inside, figure.dpi / 72.0)
+        taken.append(box)
+        _label(axis, text, at, away, size, max(map(abs, away)) > 15.0)
+
+
+def _free_place(
+    point: Sequence[float], extent: tuple[float, float], taken: list[Box], inside: Box, pixels: float
+) -> tuple[tuple[float, float], Box]:
+    """Where a label of that extent overlaps least: its offset in points, and its box in pixels."""
+    best: tuple[float, tuple[float, float], Box] | None = None
+    for reach in (1.0, 1.7, 2.6, 3.8, 5.2, 7.0, 9.0):
+        for dx, dy in _AWAY:
+            away = (dx * reach, dy * reach)
+            left = point[0] + away[0] * pixels - extent[0] * (0.0 if dx > 0 else 1.0 if dx < 0 else 0.5)
+            bottom = point[1] + away[1] * pixels
+            box = (left, bottom, left + extent[0], bottom + extent[1])
+            cost = 10.0 * _outside(box, inside) + sum(_overlap(box, other) for other in taken)
+            if best is None or cost < best[0]:
+                best = (cost, away, box)
+            if cost == 0.0:
+                return away, box
+    assert best is not None
+    return best[1:]
 
 
 def _label(axis: Any, text: str, at: tuple[float, float], away: tuple[float, float], size: float, leader: bool) -> Any:
-    line = {"arrowstyle": "-", "color": "0.65", "linewidth": 0.6, "shrinkA": 0.0, "shrinkB": 2.0}
     from matplotlib.patheffects import withStroke
 
+    line = {"arrowstyle": "-", "color": "0.65", "linewidth": 0.6, "shrinkA": 0.0, "shrinkB": 2.0}
     return axis.annotate(
-        text, at, away, textcoords="offset points", fontsize=size, color="0.1",
+        text, at, away, textcoords="offset points", fontsize=size, color="0.1", va="bottom",
         path_effects=[withStroke(linewidth=2.0, foreground="white")],
         ha="left" if away[0] > 0 else "right" if away[0] < 0 else "center", annotation_clip=False,
         arrowprops=line if leader else None, zorder=5,
     )  # fmt: skip
 
 
-def _box(label: Any, figure: Any) -> tuple[float, float, float, float]:
-    from matplotlib.text import Text
-
-    renderer = figure.canvas.get_renderer()
-    label.update_positions(renderer)
-    extent = Text.get_window_extent(label, renderer)  # the text alone, without the leader
-    return extent.x0, extent.y0, extent.x1, extent.y1
-
-
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+def _overlap(one: Box, other: Box) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0.0) * max(height, 0.0)
 
 
-def _outside(box: tuple[float, ...], frame: tuple[float, ...]) -> float:
+def _outside(box: Box, frame: Box) -> float:
     area = (box[2] - box[0]) * (box[3] - box[1])
     return area - _overlap(box, frame)
 
