@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import EOS, V, PairReward, gpt2, prompts, relaxation_of
+from helpers import EOS, PairReward, V, gpt2, prompts, relaxation_of
 
 from softrl.estimators.base import Problem
 from softrl.estimators.combined import Combined, combination_weight
@@ -79,7 +79,7 @@ def test_gradient_is_the_equations(top_k):
 
 
 def test_coefficient_zero_is_rloo():
-    model, problem, relaxation, rollout, rewards = setting()
+    _, problem, relaxation, rollout, rewards = setting()
     estimator = PathwiseControlVariate(relaxation, SETTINGS, coefficient=0.0)
     value = estimator.surrogate(problem, estimator.estimate(problem, rollout, rewards))
     torch.testing.assert_close(value, RLOO.surrogate(problem, RLOO.estimate(problem, rollout.hard, rewards)))
@@ -104,7 +104,7 @@ def test_what_cannot_be_controlled_is_refused():
     with pytest.raises(ValueError, match="straight-through relaxation"):
         PathwiseControlVariate(relaxation_of("gumbel_softmax"))
     two = Problem(problem.policy, problem.reward, problem.terms, problem.truncation, num_samples=2)
-    with pytest.raises(ValueError, match="at least|needs 3"):
+    with pytest.raises(ValueError, match="needs 3 samples"):
         PathwiseControlVariate(relaxation, SETTINGS, "regression").estimate(two, rollout, rewards)
 
 

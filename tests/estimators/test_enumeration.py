@@ -1,16 +1,14 @@
 """What every estimator of language models declares, against the exact gradient of a tiny transformer.
 
-V = 5, T = 3, tied embeddings, a KL and an entropy term, sequences that end early; the truth is a sum over all sequences.
-Estimators declared unbiased for hard tokens have to lie within the bound in every coordinate and along the truth;
-with a planted bias of 5% each of them, and every other estimator as it is, has to leave it. The bound is Bonferroni's for
-a false alarm of 1e-4 in a test; with fixed seeds a test that passes once passes always.
+V = 5, T = 3, tied embeddings, a KL and an entropy term, sequences that end early; the truth is a sum over all
+sequences. Estimators declared unbiased for hard tokens have to lie within the bound in every coordinate and along the
+truth; with a planted bias of 5% each of them, and every other estimator as it is, has to leave it. The bound is
+Bonferroni's for a false alarm of 1e-4 in a test; with fixed seeds a test that passes once passes always.
 """
 
 import pytest
-import torch
 from helpers import ALL_ESTIMATORS
 
-from softrl.estimators.exact import all_sequences, exact_objective
 from softrl.estimators.moments import bonferroni_bound, largest_z
 from softrl.studies.methods import Method, make_estimator
 from softrl.studies.problems import tiny_lm
