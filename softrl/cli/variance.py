@@ -109,7 +109,7 @@ def _table(problem: str, rows: "list[Row]") -> Any:
     from softrl.studies.variance_report import number
 
     table = Table(title=escape(problem), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("estimator", overflow="fold", min_width=16)
+    table.add_column("estimator", overflow="fold", min_width=12)
     titles = (
         "unbi-\nased",
         "\nbias²",

@@ -74,7 +74,7 @@ def _equal_mse(axis: Any) -> None:
     low, high = math.floor(math.log10(max(left, bottom))), math.ceil(math.log10(right + top))
     for exponent in range(low, high + 1):
         total = 10.0**exponent
-        shares = [10 ** (-6 + 6 * k / 200) for k in range(201)]
+        shares = [10 ** (-9 + 9 * k / 200) for k in range(201)]
         xs = [total * share for share in shares] + [total * (1 - share) for share in reversed(shares[:-1])]
         line = [(x, total - x) for x in sorted(xs) if x < total]
         axis.plot(*zip(*line, strict=True), color="0.82", linewidth=0.9, zorder=0)
@@ -176,9 +176,10 @@ def swept(sweep: Sweep, style: dict[str, Style]) -> Figure:
     figure, axes = pyplot().subplots(2, 2, figsize=(8.6, 7.4))
     rows = -(-(len(sweep.curves) + len(sweep.levels)) // 3)
     figure.subplots_adjust(0.08, 0.1 + 0.023 * rows, 0.985, 0.91, wspace=0.2, hspace=0.32)
+    looks = _looks(sweep, style)
     for axis, (name, title) in zip(axes.flat, PANELS, strict=True):
         for label, points in sweep.curves.items():
-            look = style.get(label) or style[points[0][1].estimator]
+            look = looks[label]
             _curve(axis, name, label, points, look)
             level = sweep.levels.get(label)
             if level is not None and getattr(level, name) > ROUNDING:
@@ -193,6 +194,16 @@ def swept(sweep: Sweep, style: dict[str, Style]) -> Figure:
         "A hollow bias² lies at the upper end of an interval that reaches zero: it is at most that."
     )
     return Figure(f"by-{sweep.key}", caption, png(figure))
+
+
+def _looks(sweep: Sweep, style: dict[str, Style]) -> dict[str, Style]:
+    """A curve of several estimators looks like one of them, of a colour that no other curve has if there is one."""
+    looks: dict[str, Style] = {}
+    for label, points in sweep.curves.items():
+        own = [style[label]] if label in style else [style[row.estimator] for _, row in points]
+        taken = {look.colour for look in looks.values()}
+        looks[label] = next((look for look in own if look.colour not in taken), own[0])
+    return looks
 
 
 def _curve(axis: Any, name: str, label: str, points: list[tuple[float, Row]], look: Style) -> None:
