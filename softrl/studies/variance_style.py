@@ -10,7 +10,7 @@ from typing import Any
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F5539", "#8A8A8A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 LINES = ("-", "--", ":")
-_SHADES = 12  # of each colour towards white, in a PNG's palette
+_SHADES = 4  # of each colour towards white, in a PNG's palette
 # Offsets of a label's lower edge from its point, in points.
 _AWAY = ((6, 2), (6, -11), (-6, 2), (-6, -11), (0, 7), (0, -16), (12, 9), (12, -18), (-12, 9), (-12, -18))
 
@@ -44,7 +44,7 @@ def pyplot() -> Any:
     return plt
 
 
-def png(figure: Any, dpi: int = 96) -> bytes:
+def png(figure: Any, dpi: int = 84) -> bytes:
     """The figure as a PNG with a palette of our colours and their shades, a third of the size of one without.
 
     The figure is closed.
