@@ -12,7 +12,6 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from softrl.estimators.adjoint import chosen_method
 from softrl.estimators.base import Estimator, Problem
@@ -108,9 +107,7 @@ class LanguageProblem:
     def truth(self) -> Truth:
         """∇J by enumeration, or the mean of a long RLOO run of other samples, with its error."""
         if self.truth_draws is not None:
-            long_run = replace(self, problem=replace(self.problem, num_samples=self.truth_samples), batch=1)
-            numbers = tqdm(range(self.truth_draws), desc="truth", unit="draw", leave=False, disable=None)
-            return Truth.from_draws(torch.cat([long_run.draws(RLOO, n, 1, TRUTH_SEED).gradients for n in numbers]))
+            return Truth.from_draws(self.long_run().draws(RLOO, 0, self.truth_draws).gradients)
         with evaluating(self.problem.policy.model):
             values = [
                 exact_objective(self._of_prompt(row), self._prompt(row), self.num_steps, self.eos_ids)
@@ -118,6 +115,11 @@ class LanguageProblem:
             ]
             (gradient,) = self._gradients(torch.stack(values).mean()[None])
         return Truth(gradient)
+
+    def long_run(self) -> "LanguageProblem":
+        """The problem whose first `truth_draws` RLOO draws stand for the truth: other samples, and more a prompt."""
+        problem = replace(self.problem, num_samples=self.truth_samples)
+        return replace(self, problem=problem, batch=1, seed=TRUTH_SEED)
 
     def _prompt(self, row: int) -> Prompts:
         return Prompts(self.prompts.ids[row : row + 1], self.prompts.mask[row : row + 1])

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from softrl.assets import write_atomically
 from softrl.estimators.moments import Interval, Moments, Truth, moments
+from softrl.estimators.score_function import RLOO
 from softrl.studies.draws import Draws
 from softrl.studies.language import LanguageProblem
 from softrl.studies.methods import Method, make_estimator
@@ -130,6 +131,10 @@ class LabProblem(Protocol):
 
     def truth(self) -> Truth: ...
 
+    def long_run(self) -> "tuple[LabProblem, int] | None":
+        """What RLOO is drawn from to stand for the truth, and how often; None where the truth is exact."""
+        ...
+
     def make(self, method: Method) -> Any:
         """An estimator, with `unbiased_for`; pilots are run here."""
         ...
@@ -155,6 +160,10 @@ class _Language:
     def truth(self) -> Truth:
         return self.language.truth()
 
+    def long_run(self) -> "tuple[LabProblem, int] | None":
+        count = self.language.truth_draws
+        return None if count is None else (_Language(self.language.long_run()), count)
+
     def make(self, method: Method) -> Any:
         return make_estimator(method, self.language)
 
@@ -176,6 +185,9 @@ class _OneStep:
 
     def truth(self) -> Truth:
         return Truth(self.problem.truth())
+
+    def long_run(self) -> None:
+        return None
 
     def make(self, method: Method) -> Any:
         return _Named(method, self.problem.estimator(method.name, method.settings).unbiased_for)
@@ -324,6 +336,12 @@ def _of_problem(
 
 
 def _truth(problem: LabProblem, store: Store) -> Truth:
+    """Exact, or from draws that are kept as all others are."""
+    run = problem.long_run()
+    if run is not None:
+        longer, count = run
+        print(f"{problem.name}: the true gradient, from {count} draws of RLOO ...", flush=True)
+        return Truth.from_draws(_drawn(longer, RLOO, Method("truth", {}, "truth"), count, store).gradients)
     saved = store.load("truth")
     if saved is None:
         print(f"{problem.name}: the true gradient ...", flush=True)

@@ -146,6 +146,9 @@ class Known:
     def normal(self, count):
         return torch.randn(count, 3, generator=self.generator, dtype=torch.float64)
 
+    def long_run(self):
+        return None
+
     def truth(self):
         if not self.truth_noise:
             return Truth(self.gradient)
