@@ -175,7 +175,7 @@ def swept(sweep: Sweep, style: dict[str, Style]) -> Figure:
     """Error, its two parts and the signal-to-noise ratio against one number."""
     figure, axes = pyplot().subplots(2, 2, figsize=(8.6, 7.4))
     rows = -(-(len(sweep.curves) + len(sweep.levels)) // 3)
-    figure.subplots_adjust(0.08, 0.1 + 0.023 * rows, 0.985, 0.91, wspace=0.2, hspace=0.32)
+    figure.subplots_adjust(0.08, 0.1 + 0.023 * rows, 0.985, 0.91, wspace=0.2, hspace=0.38)
     looks = _looks(sweep, style)
     for axis, (name, title) in zip(axes.flat, PANELS, strict=True):
         for label, points in sweep.curves.items():

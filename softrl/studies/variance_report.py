@@ -95,13 +95,14 @@ COLUMNS = (
     _measured("mse at equal reward calls", "mse_at_equal_calls"),
     _measured("mse at equal seconds", "mse_at_equal_seconds"),
 )
+OF_A_GROUP = tuple(COLUMNS[place] for place in (0, 3, 4, 5, 6, 8, 9))  # what differs from group to group
 _WITH_INTERVAL = ("bias2", "variance", "mse")
 
 
-def table(rows: Sequence[Row]) -> list[list[Cell]]:
+def table(rows: Sequence[Row], shown: Sequence[Column] = COLUMNS) -> list[list[Cell]]:
     """Rows by mse, with the best of every column marked; equal ones are all best."""
     ordered = sorted(rows, key=lambda row: row.mse)
-    columns = [_column(column, ordered) for column in COLUMNS]
+    columns = [_column(column, ordered) for column in shown]
     return [list(cells) for cells in zip(*columns, strict=True)]
 
 
@@ -211,6 +212,7 @@ def write_report(config: VarianceConfig, rows: Sequence[Row], descriptions: dict
     ]
     page = _template().render(
         config=config, command=command, facts=facts(config), across=across, sections=sections, columns=COLUMNS,
+        of_a_group=OF_A_GROUP,
         measures=MEASURES, contradictions=contradictions(whole), number=number, largest_z=number(LARGEST_Z),
     )  # fmt: skip
     path = folder / "report.html"
@@ -233,7 +235,9 @@ def _section(problem: str, text: str, rows: list[Row], style: dict[str, Any], fo
         "contradictions": contradictions(whole),
         "truth_noise": number(whole[0].truth_noise) if whole[0].truth_noise > 0.0 else "",
         "table": table(whole),
-        "groups": [(group, table([row for row in rows if row.group == group])) for group in groups[1:] and groups],
+        "groups": [
+            (group, table([row for row in rows if row.group == group], OF_A_GROUP)) for group in groups[1:] and groups
+        ],
         "figures": [_kept(figure, problem, folder) for figure in figures],
     }
 

@@ -44,7 +44,7 @@ def pyplot() -> Any:
     return plt
 
 
-def png(figure: Any, dpi: int = 84) -> bytes:
+def png(figure: Any, dpi: int = 80) -> bytes:
     """The figure as a PNG with a palette of our colours and their shades, a third of the size of one without.
 
     The figure is closed.
