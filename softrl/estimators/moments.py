@@ -128,7 +128,7 @@ def moments(gradients: Float[Tensor, "D P"], truth: Truth, seed: int = 0) -> Mom
     bias2, variance, mse, scaled_mse, snr, cosine = intervals
     # A noisy truth t is longer than ∇J by its variance: E[(ĝ − t)·t] = −tr Var(t) without any bias.
     spread = (along.var() / count + truth.variance_along).sqrt()
-    has_noise = spread > 1e-12 * truth.gradient.square().sum()
+    has_noise = spread > 1e-9 * truth.gradient.square().sum()
     bias_z = ((along.mean() + truth.variance) / spread).item() if has_noise else float("nan")
     mean_cosine = torch.nn.functional.cosine_similarity(gradients.mean(0), truth.gradient, dim=0).item()
     return Moments(count, bias2, variance, mse, scaled_mse, snr, cosine, mean_cosine, bias_z)
