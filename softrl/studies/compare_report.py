@@ -172,7 +172,7 @@ def _runs_text(config: CompareConfig, records: list[Record]) -> str:
 
 
 def _setup(config: CompareConfig, records: list[Record]) -> Table:
-    settings = records[0]["settings"]
+    settings = records[0]["settings"] | {"dtype": records[0].get("dtype")}
     shown = (
         ("model", "model_name_or_path"), ("number format", "dtype"), ("LoRA rank", "lora_r"),
         ("prompts", "dataset_name"), ("text before a prompt", "prompt_prefix"),

@@ -152,6 +152,7 @@ def measured(
     return {
         "stage": run.stage, "method": run.method, "beta": run.beta, "seed": run.seed,
         "learning_rate": args.learning_rate, "status": status, "settings": run.settings,
+        "dtype": str(evaluator.model.dtype).removeprefix("torch."),  # that it ran in, whatever was asked for
         "max_samples": run.max_samples, "samples_a_rollout": cycle.samples, "steps_a_rollout": cycle.steps,
         "points": points, "log": _shortened(trainer.state.log_history),
         "completions": [asdict(sample) for sample in samples],
