@@ -3,6 +3,8 @@
 They know tokens by id only; what a user trains on is in `softrl.rewards`.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -11,15 +13,15 @@ from softrl.rewards.base import one_hot_tokens
 from softrl.types import SoftTokens
 
 
-class StudyReward:
+class StudyReward(ABC):
     """A reward given by its soft face; the hard one is that of one-hot tokens."""
 
     name = "study"
     vocab_size: int | None = None
 
+    @abstractmethod
     def soft(self, tokens: SoftTokens, **columns: object) -> Float[Tensor, "N"]:
         """R of soft tokens."""
-        raise NotImplementedError
 
     def hard(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: object) -> Float[Tensor, "N"]:
         """R of token ids."""
