@@ -26,6 +26,7 @@ from softrl.models.gru import GRUConfig, GRUForCausalLM
 from softrl.rewards.base import WeightedRewards
 from softrl.rewards.function import FunctionReward
 from softrl.rewards.length import LengthReward
+from softrl.rewards.overlap import BleuReward, RougeReward
 from softrl.rewards.repetition import RepetitionPenalty
 from softrl.rewards.reward_model import SequenceClassifierReward
 from softrl.rewards.token_linear import TokenLinearReward
@@ -178,6 +179,13 @@ def _function() -> FunctionReward:
     return FunctionReward(lambda tokens: ((tokens.weights * value[tokens.ids]).sum(-1) * tokens.survival).sum(-1))
 
 
+def references(num_rows: int) -> list[list[list[int]]]:
+    """Token ids of one reference or two a row, for rewards that compare."""
+    generator = torch.Generator().manual_seed(8)
+    texts = torch.randint(V, (num_rows, 2, 12), generator=generator).tolist()
+    return [several[: 1 + row % 2] for row, several in enumerate(texts)]
+
+
 ALL_REWARDS = {
     "pair": PairReward,
     "token linear, sigmoid of the mean": lambda: _token_linear("sigmoid", "mean"),
@@ -187,11 +195,18 @@ ALL_REWARDS = {
     "sequence classifier, mean": lambda: _sequence_classifier("mean"),
     "function": _function,
     "repetition": lambda: RepetitionPenalty(n=1),
+    "bleu": lambda: BleuReward(max_ngram_order=2),
+    "bleu, add-k": lambda: BleuReward(smooth_method="add-k", eos_ids=[EOS]),
+    "rouge1": lambda: RougeReward(rouge_type="rouge1"),
+    "rouge2": lambda: RougeReward(rouge_type="rouge2", measure="recall"),
+    "rougeL": lambda: RougeReward(rouge_type="rougeL"),
     "length": LengthReward,
     "length, target": lambda: LengthReward(target=3.5, scale=2.0),
 }
 # These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
-REWARDS_OF_FEW_WEIGHTS = ("repetition", "length", "length, target")
+REWARDS_OF_FEW_WEIGHTS = (
+    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "length", "length, target",
+)  # fmt: skip
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")
 
 # Estimators of language models, as recipes name them: `softrl.studies.methods` makes them.

@@ -5,7 +5,7 @@ With hard stopping, where the mask says how long a text is, and with soft stoppi
 
 import pytest
 import torch
-from helpers import ALL_REWARDS, REWARDS_OF_FEW_WEIGHTS, REWARDS_OF_SURVIVAL_ALONE, V
+from helpers import ALL_REWARDS, REWARDS_OF_FEW_WEIGHTS, REWARDS_OF_SURVIVAL_ALONE, V, references
 
 from softrl.masking import mask_through_eos
 from softrl.rewards.base import WeightedRewards, checked_hard, checked_soft
@@ -13,6 +13,7 @@ from softrl.types import SoftTokens
 
 N, T, K = 6, 5, 4
 EOS_IDS = (4, 7, 13)
+COLUMNS = {"reference": references(N)}
 
 HARD_STOPPING = [(name, ()) for name in ALL_REWARDS if name not in REWARDS_OF_SURVIVAL_ALONE]
 SOFT_STOPPING = [(name, EOS_IDS) for name in ALL_REWARDS]
@@ -34,18 +35,22 @@ def test_faces_agree_on_one_hot_tokens(name, eos_ids):
     ids = tokens.ids.gather(-1, choice).squeeze(-1)
     mask = tokens.mask & mask_through_eos(ids, eos_ids)
     assert (mask.sum() < tokens.mask.sum()) == bool(eos_ids), "some texts have to end by themselves"
-    hard = checked_hard(reward, ids, mask)
-    torch.testing.assert_close(checked_soft(reward, one_hot), hard, rtol=1e-5, atol=1e-5, check_dtype=False)
+    hard = checked_hard(reward, ids, mask, **COLUMNS)
+    torch.testing.assert_close(checked_soft(reward, one_hot, **COLUMNS), hard, rtol=1e-5, atol=1e-5, check_dtype=False)
     assert hard.std() > 1e-3
-    assert (checked_soft(reward, tokens) - hard).abs().max() > 1e-3, "mixtures score otherwise, or this shows nothing"
+    assert (checked_soft(reward, tokens, **COLUMNS) - hard).abs().max() > 1e-3, (
+        "mixtures score otherwise, or this shows nothing"
+    )
 
 
 @pytest.mark.parametrize(("name", "eos_ids"), HARD_STOPPING + SOFT_STOPPING)
 def test_soft_face_against_finite_differences_and_blind_after_the_end(name, eos_ids):
     reward, tokens = ALL_REWARDS[name](), soft_tokens(eos_ids)
     weights = tokens.weights.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: checked_soft(reward, tokens.with_weights(w)), weights, fast_mode=True)
-    (grad,) = torch.autograd.grad(checked_soft(reward, tokens.with_weights(weights)).sum(), weights)
+    assert torch.autograd.gradcheck(
+        lambda w: checked_soft(reward, tokens.with_weights(w), **COLUMNS), weights, fast_mode=True
+    )
+    (grad,) = torch.autograd.grad(checked_soft(reward, tokens.with_weights(weights), **COLUMNS).sum(), weights)
     assert grad[~tokens.mask].abs().max() == 0.0
     seen = grad[tokens.mask].abs()
     assert (seen.max() if name in REWARDS_OF_FEW_WEIGHTS else seen.min()) > 0.0
@@ -55,7 +60,7 @@ def test_soft_face_against_finite_differences_and_blind_after_the_end(name, eos_
 def test_survival_matters(name):
     """A reward that read the mask alone would not see that a text has probably ended."""
     reward, tokens = ALL_REWARDS[name](), soft_tokens(EOS_IDS)
-    assert (reward.soft(tokens) - reward.soft(soft_tokens())).abs().max() > 1e-3
+    assert (reward.soft(tokens, **COLUMNS) - reward.soft(soft_tokens(), **COLUMNS)).abs().max() > 1e-3
 
 
 def test_weighted_rewards_are_the_weighted_sum():
