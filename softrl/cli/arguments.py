@@ -27,17 +27,19 @@ class TrainArguments:
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
             `gradient_accumulation_steps` of at least 2.
         reward_funcs (`list[str]`, *optional*, defaults to `["sentiment"]`):
-            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), a file saved by
-            `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or folder), or a
-            dotted path to a reward, to a differentiable function of soft tokens, or to what makes one. Trainers that
-            do not differentiate rewards take TRL's functions of texts as well.
+            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), `"bleu"`,
+            `"rouge1"`, `"rouge2"` or `"rougeL"` (of the policy's tokens, against the data set's column `reference`),
+            a file saved by `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or
+            folder), or a dotted path to a reward, to a differentiable function of soft tokens, or to what makes one.
+            Trainers that do not differentiate rewards take TRL's functions of texts as well.
         judge (`str`, *optional*, defaults to `"sentiment"`):
             `"sentiment"` (MiniLM, fitted on other reviews than the reward), `"none"`, or a dotted path to a function
             from a list of texts to a tensor of scores.
         dataset_name (`str`, *optional*, defaults to `"review-openings"`):
             `"review-openings"` (embedded), a hub name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
             .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
-            tokenizer's chat template (a text file has one prompt a line).
+            tokenizer's chat template (a text file has one prompt a line). Rewards and metrics that compare need a
+            column `reference`: a text, or a list of texts, as it would follow the prompt, its leading space included.
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of a hub data set or folder.
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
@@ -54,7 +56,7 @@ class TrainArguments:
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["sentiment"],
-        metadata={"help": "'sentiment', a saved token-linear reward, a classifier's name, or a dotted path."},
+        metadata={"help": "'sentiment', 'bleu', 'rougeL', a saved reward, a classifier's name, or a dotted path."},
     )
     judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'none' or a dotted path."})
     dataset_name: str = field(

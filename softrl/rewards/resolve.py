@@ -9,7 +9,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from softrl.rewards.base import Reward
 from softrl.rewards.fit import sentiment_reward
 from softrl.rewards.function import FunctionReward, name_of
+from softrl.rewards.overlap import BleuReward, RougeReward, RougeType
 from softrl.rewards.reward_model import SequenceClassifierReward
 from softrl.rewards.text import TextReward, not_differentiable
 from softrl.rewards.token_linear import TokenLinearReward
 
 _PARTS_OF_A_REWARD = ("name", "vocab_size", "soft", "hard")
 _TRL_PARAMETERS = ("completions", "completion_ids", "prompts")
+_SHORT_NAMES = ", ".join(map(repr, ("sentiment", "bleu", *get_args(RougeType))))
 _ACCEPTED = (
     "a reward object (see softrl.rewards.base.Reward), a sequence classifier of transformers, a differentiable "
     "function f(tokens: SoftTokens, **columns) -> Tensor [N], or a name (str)"
@@ -52,6 +54,7 @@ def resolve_rewards(
         reward_funcs: one item or a list of them:
             - an object with a soft and a hard face, taken as it is;
             - "sentiment", the built-in classifier, fitted for the policy's tokenizer;
+            - "bleu", "rouge1", "rouge2" or "rougeL", against the data set's column `reference`;
             - a file that `TokenLinearReward.save` wrote;
             - a hub name or local folder of a sequence classifier in the policy's vocabulary, or the model itself;
             - a differentiable function of soft tokens, see `FunctionReward`;
@@ -113,6 +116,10 @@ def _named(text: str, policy: _Policy) -> Reward:
         if policy.name:
             return sentiment_reward(policy.name)
         return sentiment_reward(policy.tokenizer, vocab_size=policy.vocab_size)
+    if text == "bleu":
+        return BleuReward(policy.tokenizer)
+    if text in get_args(RougeType):
+        return RougeReward(policy.tokenizer, rouge_type=cast(RougeType, text))
     if Path(text).is_file():
         return TokenLinearReward.load(text)
     if _is_dotted_path(text) and not Path(text).is_dir():
@@ -122,8 +129,8 @@ def _named(text: str, policy: _Policy) -> Reward:
         model = SequenceClassifierReward.from_pretrained(text, policy.tokenizer)
     except ValueError as error:
         raise ValueError(
-            f"reward_funcs: {text!r} is neither 'sentiment', a file saved by TokenLinearReward, nor a dotted path to "
-            f"an object, so it was taken for the name of a model: {error}"
+            f"reward_funcs: {text!r} is neither {_SHORT_NAMES}, a file saved by TokenLinearReward, nor a dotted "
+            f"path to an object, so it was taken for the name of a model: {error}"
         ) from error
     return _in_vocabulary(model, policy)
 

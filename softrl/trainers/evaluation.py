@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from evaluate import EvaluationModule
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ Judge = Callable[[list[str]], Float[Tensor, "N"]]
 class Sample:
     """One completion and its numbers; KL and NLL are None without a reference.
 
-    `reward` is the weighted sum of `rewards`, which are by name.
+    `reward` is the weighted sum of `rewards`, which are by name; `references` is the row's column `reference`.
     """
 
     prompt_index: int
@@ -48,6 +49,7 @@ class Sample:
     kl_nats: float | None
     base_nll_nats: float | None
     rewards: dict[str, float] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
 
 
 def distinct_n(sequences: list[tuple[int, ...]], n: int) -> float:
@@ -127,11 +129,13 @@ class Evaluator:
         judged = [None] * count if self.judge is None else self.judge(texts).tolist()
         prompts, rewards = batch.columns["prompt"], scores.pop("reward/hard")
         by_name = {name.removeprefix("rewards/"): values for name, values in scores.items()}
+        references = batch.columns.get("reference", [()] * count)
         return [
             Sample(
                 batch.indices[i], prompt_text(prompts[i]), texts[i], tuple(tokens[i][mask[i]].tolist()),
                 completions.ended[i].item(), rewards[i], judged[i], kl[i], nll[i],
                 {name: values[i] for name, values in by_name.items()},
+                (references[i],) if isinstance(references[i], str) else tuple(references[i] or ()),
             )
             for i in range(count)
         ]  # fmt: skip
@@ -193,6 +197,32 @@ def evaluate_policy(
         some: list[dict[str, Any]] = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         samples += evaluator.samples(prompt_batch(some, tokenizer, 1, max_prompt_length, device))
     return samples
+
+
+def metrics_of_texts(metrics: dict[str, EvaluationModule], samples: list[Sample]) -> dict[str, float]:
+    """Scores of completions against their references by metrics of `evaluate`, as `<metric>/<score>`.
+
+    Raises:
+        ValueError: a completion has no reference.
+    """
+    without = [sample.prompt_index for sample in samples if not sample.references]
+    if metrics and without:
+        raise ValueError(
+            f"eval_metrics={sorted(metrics)} compare completions with the column 'reference' of the data set, which "
+            f"is missing or empty for the prompts {without[:5]}; add it (a text or a list of texts), or leave "
+            "eval_metrics out"
+        )
+    texts = [sample.completion for sample in samples]
+    references: list[Any] = [list(sample.references) for sample in samples]
+    if all(len(several) == 1 for several in references):
+        references = [several[0] for several in references]  # what all metrics take
+    scores = {name: metric.compute(predictions=texts, references=references) for name, metric in metrics.items()}
+    return {
+        f"{name}/{key}": float(value)
+        for name, found in scores.items()
+        for key, value in found.items()
+        if isinstance(value, int | float)
+    }
 
 
 def summary(samples: list[Sample]) -> dict[str, float]:

@@ -65,8 +65,11 @@ class RolloutConfig(BaseConfig):
             Completions that did not end within `max_completion_length` contribute nothing to the loss. It stays a
             mean over all completions, as in TRL's RLOOTrainer: masking some does not make the others count more.
 
-        > Parameters that control logging
+        > Parameters that control evaluation and logging
 
+        eval_metrics (`list[str]`, *optional*):
+            Metrics of decoded completions against the data set's column `reference` (a text or a list of texts a
+            row): "sacrebleu", "rouge", or what `evaluate.load` finds; logged as `eval_<metric>/<score>`.
         log_completions (`bool`, *optional*, defaults to `False`):
             At every logging step, print a few completions of the last step with their rewards, write all of them to
             `output_dir/completions`, and send them as a table to trackio and wandb where `report_to` names them.
@@ -115,6 +118,9 @@ class RolloutConfig(BaseConfig):
         default=False, metadata={"help": "Leave completions that did not end out of the loss."}
     )
 
+    eval_metrics: list[str] | None = field(
+        default=None, metadata={"help": "Metrics against references: sacrebleu, rouge, or names of `evaluate`."}
+    )
     log_completions: bool = field(
         default=False, metadata={"help": "Print, write and report completions at every logging step."}
     )

@@ -21,12 +21,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from softrl.models.policy import check_policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.rewards.base import WeightedRewards
+from softrl.rewards.overlap_metrics import load_metric
 from softrl.rewards.resolve import resolve_rewards
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
 from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
 from softrl.trainers.completions import CompletionLog
-from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, summary
+from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, summary
 from softrl.trainers.loading import (
     eos_token_ids,
     load_model,
@@ -113,6 +114,7 @@ class RolloutTrainer(BaseTrainer):
         set_seed(args.seed)  # adapters are initialised at random
         model = with_adapter(load_model(model, args, quantization_config), peft_config)
         self.judge = judge
+        self.eval_metrics = {name: load_metric(name) for name in args.eval_metrics or []}
         self.policy = args.make_policy(model)
         check_policy(self.policy)
         rewards = resolve_rewards(
@@ -309,7 +311,7 @@ class RolloutTrainer(BaseTrainer):
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         by_index = {sample.prompt_index: sample for sample in samples}  # ranks may be padded with repeated rows
         self.last_evaluation = [by_index[index] for index in sorted(by_index)]
-        metrics = summary(self.last_evaluation)
+        metrics = summary(self.last_evaluation) | metrics_of_texts(self.eval_metrics, self.last_evaluation)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,

@@ -15,7 +15,10 @@ from softrl.rewards.base import checked_hard, checked_soft, one_hot_tokens
 from softrl.rewards.overlap import BleuReward, RougeReward
 from softrl.types import SoftTokens
 
-WORDS = 'the a film, a cast; was is not Very dull. bright and of in it\'s well-made "fine" (2001) 3.5 % it! the the'.split()
+WORDS = [
+    "the", "a", "film,", "a", "cast;", "was", "is", "not", "Very", "dull.", "bright", "and", "of", "in", "it's",
+    "well-made", '"fine"', "(2001)", "3.5", "%", "it!", "the", "the",
+]  # fmt: skip
 SMOOTHINGS = ["exp", "add-k", "floor", "none"]
 
 
@@ -148,11 +151,11 @@ def test_references_that_are_none():
 def test_settings_are_checked():
     """Without the type checker of the test run, which users do not have."""
     bleu, rouge = inspect.unwrap(BleuReward.__init__), inspect.unwrap(RougeReward.__init__)
-    with pytest.raises(ValueError, match="smooth_method must be one of .* got 'expo'"):
+    with pytest.raises(ValueError, match=r"smooth_method must be one of .* got 'expo'"):
         bleu(BleuReward.__new__(BleuReward), smooth_method="expo")
     with pytest.raises(ValueError, match="max_ngram_order must be 1 or more, got 0"):
         BleuReward(max_ngram_order=0)
-    with pytest.raises(ValueError, match="rouge_type must be one of .* got 'rouge9'"):
+    with pytest.raises(ValueError, match=r"rouge_type must be one of .* got 'rouge9'"):
         rouge(RougeReward.__new__(RougeReward), rouge_type="rouge9")
-    with pytest.raises(ValueError, match="measure must be one of .* got 'f2'"):
+    with pytest.raises(ValueError, match=r"measure must be one of .* got 'f2'"):
         rouge(RougeReward.__new__(RougeReward), measure="f2")

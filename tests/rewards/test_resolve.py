@@ -57,6 +57,17 @@ def first_weight(tokens, answer):
     return tokens.weights[..., 0].sum(-1) * torch.tensor(answer)
 
 
+def test_overlap_rewards_by_name():
+    """References are cut by the policy's tokenizer, and its end of sequence is no word."""
+    bleu, *rouge = resolved("bleu", "rouge1", "rouge2", "rougeL")
+    assert [reward.name for reward in (bleu, *rouge)] == ["bleu", "rouge1", "rouge2", "rougeL"]
+    text = tokenizer().decode([5, 6, 7, 8, 9])
+    ids = torch.tensor([[5, 6, 7, 8, 9, tokenizer().eos_token_id]])
+    for reward in (bleu, *rouge):
+        hard = reward.hard(ids, torch.ones_like(ids, dtype=torch.bool), prompt=["x"], reference=[text])
+        torch.testing.assert_close(hard, torch.ones(1))
+
+
 class Black:
     def __call__(self, prompts, **kwargs):
         return [0.0] * len(prompts)
@@ -137,7 +148,7 @@ def test_files_and_folders(tmp_path, user_module):
 
 @pytest.mark.parametrize("name", ["sentimnt", "no-such-user/no-such-model", "Qwen2.5-0.5B"])
 def test_names_that_mean_nothing(name):
-    with pytest.raises(ValueError, match=rf"'{name}' is neither 'sentiment', a file .*cannot be loaded"):
+    with pytest.raises(ValueError, match=rf"'{name}' is neither 'sentiment', 'bleu', .*, a file .*cannot be loaded"):
         resolved(name)
 
 

@@ -1,6 +1,7 @@
 """`evaluate_policy`: the trainers' own evaluation for any model, also one that TRL's trainer trained."""
 
 import pytest
+import sacrebleu
 import torch
 from helpers import PairReward, V, llama
 from trainers.tiny import dataset, make
@@ -74,3 +75,23 @@ def test_functions_of_texts_and_weights(tokenizer):
         assert sample.kl_nats is None
     with pytest.raises(ValueError, match="needs a column `prompt`"):
         evaluate_policy(Policy(model), None, dataset(3).rename_column("prompt", "text"), tokenizer, rewards)
+
+
+def test_completions_are_compared_with_references(tmp_path, tokenizer):
+    """Rewards and metrics read the same column; the metrics read decoded text."""
+    rows = dataset(6).add_column("reference", [["w5 w6 w7", "w8"], *[["w9 w10", "w5"]] * 5])
+    trainer = make(
+        tmp_path, tokenizer, reward=["bleu", "rougeL"], train=rows, evaluation=rows,
+        eval_metrics=["sacrebleu", "rouge"], max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    texts = [sample.completion for sample in trainer.last_evaluation]
+    references = [list(column) for column in zip(*rows["reference"], strict=True)]
+    assert metrics["eval_sacrebleu/score"] == pytest.approx(sacrebleu.corpus_bleu(texts, references).score)
+    assert 0.0 < metrics["eval_rouge/rouge1"] <= 1.0
+    assert metrics["eval_rewards/bleu/mean"] >= 0.0
+    with pytest.raises(
+        ValueError, match=r"column 'reference' of the data set, which is missing or empty for .*\[0, 1"
+    ):
+        make(tmp_path, tokenizer, eval_metrics=["rouge"]).evaluate()
