@@ -5,10 +5,14 @@ which feedback paths matter; with the default initialisation they would be invis
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -18,14 +22,17 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedTokenizerFast,
     RwkvConfig,
     RwkvForCausalLM,
 )
 
 from softrl.models.gru import GRUConfig, GRUForCausalLM
+from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import WeightedRewards
 from softrl.rewards.function import FunctionReward
 from softrl.rewards.length import LengthReward
+from softrl.rewards.likelihood import LikelihoodReward, TargetLikelihoodReward
 from softrl.rewards.overlap import BleuReward, RougeReward
 from softrl.rewards.repetition import RepetitionPenalty
 from softrl.rewards.reward_model import SequenceClassifierReward
@@ -179,11 +186,37 @@ def _function() -> FunctionReward:
     return FunctionReward(lambda tokens: ((tokens.weights * value[tokens.ids]).sum(-1) * tokens.survival).sum(-1))
 
 
-def references(num_rows: int) -> list[list[list[int]]]:
-    """Token ids of one reference or two a row, for rewards that compare."""
+def _likelihood(reward: type, **settings: Any) -> LikelihoodReward | TargetLikelihoodReward:
+    from trainers.tiny import word_tokenizer
+
+    return reward(gpt2(seed=3), word_tokenizer(), **settings)
+
+
+def _aligned_classifier() -> AlignedClassifierReward:
+    """A BERT whose tokenizer cuts the policy's word "w12" into "w", "##1" and "##2"."""
+    from trainers.tiny import word_tokenizer
+
+    pieces = {"[PAD]": 0, "[UNK]": 1, "w": 2, **{f"##{digit}": 3 + digit for digit in range(10)}}
+    backend = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    config = BertConfig(
+        vocab_size=len(pieces), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        num_labels=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = _redraw(BertForSequenceClassification(config), 9, 0.6)
+    return AlignedClassifierReward(model, tokenizer, word_tokenizer(), name="aligned")
+
+
+def reward_columns(num_rows: int) -> dict[str, list]:
+    """What rewards read of the data set: prompts, targets, and token ids of one reference or two a row."""
     generator = torch.Generator().manual_seed(8)
     texts = torch.randint(V, (num_rows, 2, 12), generator=generator).tolist()
-    return [several[: 1 + row % 2] for row, several in enumerate(texts)]
+    return {
+        "prompt": [f"w3 w{row + 4}" for row in range(num_rows)],
+        "target": [f"w{row + 5} w9" for row in range(num_rows)],
+        "reference": [several[: 1 + row % 2] for row, several in enumerate(texts)],
+    }
 
 
 ALL_REWARDS = {
@@ -200,12 +233,16 @@ ALL_REWARDS = {
     "rouge1": lambda: RougeReward(rouge_type="rouge1"),
     "rouge2": lambda: RougeReward(rouge_type="rouge2", measure="recall"),
     "rougeL": lambda: RougeReward(rouge_type="rougeL"),
+    "likelihood": lambda: _likelihood(LikelihoodReward),
+    "target likelihood": lambda: _likelihood(TargetLikelihoodReward, baseline=True, separator="w20"),
+    "aligned classifier": _aligned_classifier,
     "length": LengthReward,
     "length, target": lambda: LengthReward(target=3.5, scale=2.0),
 }
 # These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
 REWARDS_OF_FEW_WEIGHTS = (
-    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "length", "length, target",
+    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "length",
+    "length, target",
 )  # fmt: skip
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")
 

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from softrl.models.policy import chunk_length, unwrap
+from softrl.models.policy import unwrap
 from softrl.rewards.base import one_hot_tokens
-from softrl.rewards.sequences import Pooling, attention_bias, packed, pooling_weights
-from softrl.tokens.embedding import mixture_embedding
+from softrl.rewards.sequences import Pooling, attention_bias, mixtures, packed, pooling_weights
 from softrl.types import SoftTokens
 
 _AS_GOOD_AS_HIDDEN = -30.0  # nats of attention
@@ -87,51 +85,64 @@ class SoftClassifier(nn.Module):
         lengths = [len(prompt) for prompt in prompts]
         ids = tokens.ids.masked_fill(~tokens.mask[..., None], 0)
         self._check_texts(ids, tokens.mask, prompts)
-        of_prompts = self.model.get_input_embeddings()(torch.cat(prompts)).split(lengths)
-        embeds = packed(of_prompts, self._mixtures(ids, tokens.weights), 0.0)
+        mixed = mixtures(self.model.get_input_embeddings(), ids, tokens.weights)
+        embeds = packed(self.embedded(prompts), mixed, 0.0)
         certain = [tokens.weights.new_zeros(length) for length in lengths]
         log_survival = packed(certain, tokens.log_survival, -torch.inf)
+        pooled = pooling_weights(tokens, lengths, pooling, self.config.pad_token_id)
         if tokens.eos_ids:
-            self.check_bias(embeds.shape[1])
-            attention = attention_bias(log_survival, self.pools_last, embeds.dtype)
-        else:
-            attention = (~torch.isneginf(log_survival)).long()
-        return self._logits(embeds, attention, pooling_weights(tokens, lengths, pooling, self.config.pad_token_id))
+            return self.read(embeds, log_survival, pooled)
+        return self._logits(embeds, (~torch.isneginf(log_survival)).long(), pooled)
+
+    def read(
+        self,
+        embeds: Float[Tensor, "N S D"],
+        log_presence: Float[Tensor, "N S"],
+        pooled: Float[Tensor, "N S"],
+        positions: Int[Tensor, "N S"] | None = None,
+    ) -> Float[Tensor, "N C"]:
+        """Logits of packed texts whose tokens are present to a degree, in float32 at least.
+
+        Args:
+            embeds: of the tokens.
+            log_presence: nats, added on the attention to each of them; −inf where there is none.
+            pooled: what each counts in the pooled state, for classifiers that pool the last token.
+            positions: in the text, where they are not 0, 1, 2, ...
+        Raises:
+            ValueError: the model's attention takes no bias.
+        """
+        self.check_bias(embeds.shape[1])
+        return self._logits(embeds, attention_bias(log_presence, self.pools_last, embeds.dtype), pooled, positions)
+
+    def embedded(self, rows: list[Int[Tensor, "_"]]) -> list[Float[Tensor, "_ D"]]:
+        """Embeddings of token ids."""
+        return list(self.model.get_input_embeddings()(torch.cat(rows)).split([len(row) for row in rows]))
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether what is called with embeddings takes position ids too."""
+        return "position_ids" in self._accepted
 
     def _logits(
-        self, embeds: Float[Tensor, "N S D"], attention: Tensor, weights: Float[Tensor, "N S"]
+        self,
+        embeds: Float[Tensor, "N S D"],
+        attention: Tensor,
+        weights: Float[Tensor, "N S"],
+        positions: Int[Tensor, "N S"] | None = None,
     ) -> Float[Tensor, "N C"]:
         """Logits of packed texts; the pooling weights are for classifiers that pool the last token."""
         arguments: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": attention}
         if not self.pools_last:
-            logits = self.model(**arguments).logits
+            logits = self.model(**arguments, **({} if positions is None else {"position_ids": positions})).logits
         else:
-            arguments |= {
-                "use_cache": False,
-                "position_ids": torch.arange(embeds.shape[1], device=embeds.device)[None],
-            }
+            in_order = torch.arange(embeds.shape[1], device=embeds.device)[None]
+            arguments |= {"use_cache": False, "position_ids": in_order if positions is None else positions}
             output = self._reader(**{key: value for key, value in arguments.items() if key in self._accepted})
             hidden = output.last_hidden_state
             precise = torch.promote_types(hidden.dtype, torch.float32)
             pooled = torch.einsum("ns,nsd->nd", weights.to(precise), hidden.to(precise))
             logits = self.model.score(pooled.to(hidden.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def _mixtures(self, ids: Int[Tensor, "N T K"], weights: Float[Tensor, "N T K"]) -> Float[Tensor, "N T D"]:
-        """Embeddings of soft tokens, in chunks that the backward pass computes again: [N, T, K, D] is never kept."""
-        size = chunk_length(ids.shape[-1] * self.config.hidden_size)
-        pieces = [
-            checkpoint(self._mixture, ids_piece, weights_piece, use_reentrant=False, preserve_rng_state=False)
-            for ids_piece, weights_piece in zip(
-                ids.flatten(0, 1).split(size), weights.flatten(0, 1).split(size), strict=True
-            )
-        ]
-        return torch.cat(pieces).unflatten(0, ids.shape[:2])
-
-    def _mixture(self, ids: Int[Tensor, "M K"], weights: Float[Tensor, "M K"]) -> Float[Tensor, "M D"]:
-        vectors = self.model.get_input_embeddings()(ids)
-        precise = torch.promote_types(vectors.dtype, weights.dtype)  # weights rounded to bfloat16 do not sum to one
-        return mixture_embedding(weights, vectors.to(precise)).to(vectors.dtype)
 
     def _check_texts(self, ids: Int[Tensor, "N T K"], mask: Tensor, prompts: list[Int[Tensor, "_"]]) -> None:
         """Raise a ValueError for texts that the model cannot read."""

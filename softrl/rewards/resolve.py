@@ -14,11 +14,12 @@ from typing import Any, cast, get_args
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import Reward
 from softrl.rewards.fit import sentiment_reward
 from softrl.rewards.function import FunctionReward, name_of
 from softrl.rewards.overlap import BleuReward, RougeReward, RougeType
-from softrl.rewards.reward_model import SequenceClassifierReward
+from softrl.rewards.reward_model import SequenceClassifierReward, has_other_ids
 from softrl.rewards.text import TextReward, not_differentiable
 from softrl.rewards.token_linear import TokenLinearReward
 
@@ -56,7 +57,8 @@ def resolve_rewards(
             - "sentiment", the built-in classifier, fitted for the policy's tokenizer;
             - "bleu", "rouge1", "rouge2" or "rougeL", against the data set's column `reference`;
             - a file that `TokenLinearReward.save` wrote;
-            - a hub name or local folder of a sequence classifier in the policy's vocabulary, or the model itself;
+            - a hub name or local folder of a sequence classifier, which is aligned if it was saved with another
+              tokenizer than the policy's, see `AlignedClassifierReward`; or a model in the policy's vocabulary;
             - a differentiable function of soft tokens, see `FunctionReward`;
             - TRL's function of texts, see `TextReward`, unless rewards are differentiated;
             - a dotted path "module.attribute" to any of these, or to a class or function that makes one when it is
@@ -68,7 +70,7 @@ def resolve_rewards(
     Returns:
         Rewards with different names: a second "length" is called "length_2".
     Raises:
-        ValueError: nothing was given, a name means nothing, or a classifier has another vocabulary than the policy.
+        ValueError: nothing was given, a name means nothing, or a model object has another vocabulary than the policy.
         TypeError: an item is no reward and cannot be made one, or has no soft face where one is needed.
     """
     items = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
@@ -126,6 +128,8 @@ def _named(text: str, policy: _Policy) -> Reward:
         found = imported(text, "reward_funcs")
         return _resolved(found() if _is_factory(found) else found, policy)
     try:
+        if has_other_ids(text, policy.tokenizer):
+            return AlignedClassifierReward.from_pretrained(text, policy.tokenizer, vocab_size=policy.vocab_size)
         model = SequenceClassifierReward.from_pretrained(text, policy.tokenizer)
     except ValueError as error:
         raise ValueError(
@@ -172,7 +176,8 @@ def _in_vocabulary(reward: SequenceClassifierReward, policy: _Policy) -> Sequenc
         raise ValueError(
             f"reward model {reward.name!r} knows {known} token ids, the policy has {vocab_size or len(tokenizer)}: "
             "their vocabularies differ. Soft tokens are of the policy's vocabulary, so the reward model needs the "
-            "policy's tokenizer: take one that was trained from the same base model"
+            "policy's tokenizer: take one that was trained from the same base model, or align it, "
+            "softrl.rewards.aligned_reward_model.AlignedClassifierReward(model, its_tokenizer, policy_tokenizer)"
         )
     return reward
 

@@ -1,7 +1,7 @@
 """A reward model in the policy's vocabulary: any sequence classifier of transformers as a differentiable reward.
 
 How it reads soft tokens is in `classifier.py`; here are prompts, labels and links.
-Left out: reward models with another vocabulary than the policy's.
+Reward models with another vocabulary are in `aligned_reward_model.py`.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class SequenceClassifierReward(nn.Module):
         include_prompt: bool = True,
     ) -> None:
         super().__init__()
-        self.name = name or _default_name(model)
+        self.name = name or default_name(model)
         if include_prompt and tokenizer is None:
             raise ValueError(
                 f"reward {self.name!r} reads the prompts and has no tokenizer for them; pass the policy's, or "
@@ -63,9 +63,9 @@ class SequenceClassifierReward(nn.Module):
             )
         self.classifier = SoftClassifier(model, self.name)
         self.vocab_size: int | None = self.classifier.vocab_size
-        self.index = _label_index(self.name, self.classifier.model.config, label, link)
+        self.index = label_index(self.name, self.classifier.model.config, label, link)
         self.link = link
-        self.pooling = _checked_pooling(self.name, pooling, self.classifier.pools_last)
+        self.pooling = checked_pooling(self.name, pooling, self.classifier.pools_last)
         self.tokenizer = tokenizer
         self.include_prompt = include_prompt
 
@@ -88,23 +88,13 @@ class SequenceClassifierReward(nn.Module):
             ValueError: it cannot be loaded, has no trained head, or was saved with a tokenizer that gives tokens
                 other ids than the policy's does.
         """
-        if tokenizer is not None:
-            _check_same_ids(str(name_or_path), tokenizer, model_kwargs.get("revision"))
-        try:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, output_loading_info=True, **model_kwargs
-            )
-        except (OSError, ValueError) as error:
+        if tokenizer is not None and (other := _other_ids(str(name_or_path), tokenizer, model_kwargs.get("revision"))):
             raise ValueError(
-                f"{str(name_or_path)!r} cannot be loaded as a sequence classifier ({str(error).splitlines()[0]}); "
-                "pass a hub name or a local folder of one"
-            ) from error
-        if loading["missing_keys"]:
-            raise ValueError(
-                f"{str(name_or_path)!r} is no trained sequence classifier: its weights lack "
-                f"{sorted(loading['missing_keys'])[:3]}; pass a model that was trained as one (with trl's "
-                "RewardTrainer, for instance)"
+                f"{str(name_or_path)!r} has another tokenizer than the policy: {len(other)} tokens have other ids, "
+                f"{other[0]}. Take a model that was trained from the policy's base model, or align the vocabularies: "
+                "softrl.rewards.aligned_reward_model.AlignedClassifierReward.from_pretrained(name, policy_tokenizer)"
             )
+        model = load_classifier(name_or_path, **model_kwargs)
         return cls(
             model, tokenizer, name=name or Path(name_or_path).name, label=label, link=link, pooling=pooling,
             include_prompt=include_prompt,
@@ -117,13 +107,7 @@ class SequenceClassifierReward(nn.Module):
             ValueError: no `prompt` column, or texts that the model cannot read, see `SoftClassifier.forward`.
         """
         logits = self.classifier(tokens, self._prompts(tokens.ids, columns), self.pooling)
-        if self.link == "softmax":
-            logits = logits.softmax(-1)
-        elif self.link == "log_softmax":
-            logits = logits.log_softmax(-1)
-        elif self.link == "sigmoid":
-            logits = logits.sigmoid()
-        return logits[:, self.index]
+        return linked(logits, self.index, self.link)
 
     def hard(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any) -> Float[Tensor, "N"]:
         """Rewards of token ids, in float32 at least."""
@@ -141,28 +125,68 @@ class SequenceClassifierReward(nn.Module):
         return [ids.new_tensor(prompt_ids(prompt, self.tokenizer)) for prompt in columns["prompt"]]
 
 
-def _check_same_ids(name: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> None:
-    """Vocabularies of one size may still differ: compare, if the model was saved with a tokenizer of its own."""
+def load_classifier(name_or_path: str | Path, **model_kwargs: Any) -> nn.Module:
+    """A sequence classifier of transformers by hub name or local folder.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no trained head.
+    """
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, output_loading_info=True, **model_kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(name_or_path)!r} cannot be loaded as a sequence classifier ({str(error).splitlines()[0]}); "
+            "pass a hub name or a local folder of one"
+        ) from error
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"{str(name_or_path)!r} is no trained sequence classifier: its weights lack "
+            f"{sorted(loading['missing_keys'])[:3]}; pass a model that was trained as one (with trl's "
+            "RewardTrainer, for instance)"
+        )
+    return model
+
+
+def has_other_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model was saved with a tokenizer that gives tokens other ids than this one does."""
+    return bool(_other_ids(name, tokenizer, None))
+
+
+def _other_ids(name: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> list[str]:
+    """Tokens of both vocabularies that have other ids, in words. Vocabularies of one size may still differ."""
     try:
         theirs = PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main").get_vocab()
     except (OSError, ValueError):  # no tokenizer.json there; a model that is not there is reported when it is loaded
-        return
+        return []
     ours = tokenizer.get_vocab()
-    other = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
-    if other:
-        raise ValueError(
-            f"{name!r} has another tokenizer than the policy: {len(other)} tokens have other ids, {other[0]!r} is "
-            f"{theirs[other[0]]} there and {ours[other[0]]} here. The reward model needs the policy's tokenizer: take "
-            "one that was trained from the same base model"
-        )
+    shared = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
+    return [f"{token!r} is {theirs[token]} there and {ours[token]} here" for token in shared]
 
 
-def _default_name(model: Any) -> str:
-    """The last part of the hub name or folder that it came from, else its class."""
+def default_name(model: Any) -> str:
+    """What logs call a model: the last part of the hub name or folder that it came from, else its class."""
     return Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__
 
 
-def _label_index(name: str, config: Any, label: int | str | None, link: str) -> int:
+def linked(logits: Float[Tensor, "N C"], index: int, link: Link) -> Float[Tensor, "N"]:
+    """`link(logits)[index]` of every text."""
+    if link == "softmax":
+        logits = logits.softmax(-1)
+    elif link == "log_softmax":
+        logits = logits.log_softmax(-1)
+    elif link == "sigmoid":
+        logits = logits.sigmoid()
+    return logits[:, index]
+
+
+def label_index(name: str, config: Any, label: int | str | None, link: str) -> int:
+    """Which logit a label is.
+
+    Raises:
+        ValueError: the model has no such label, or the link is none.
+    """
     if link not in get_args(Link):
         raise ValueError(f"link must be one of {get_args(Link)}, got {link!r}")
     if link.endswith("softmax") and config.num_labels == 1:
@@ -178,7 +202,12 @@ def _label_index(name: str, config: Any, label: int | str | None, link: str) -> 
     return index
 
 
-def _checked_pooling(name: str, pooling: Pooling | None, pools_last: bool) -> Pooling:
+def checked_pooling(name: str, pooling: Pooling | None, pools_last: bool) -> Pooling:
+    """The pooling to use.
+
+    Raises:
+        ValueError: an unknown one, or one for a model that has its own.
+    """
     if pooling is not None and pooling not in get_args(Pooling):
         raise ValueError(f"pooling must be one of {get_args(Pooling)}, got {pooling!r}")
     if pooling is not None and not pools_last:

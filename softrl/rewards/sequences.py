@@ -1,23 +1,27 @@
-"""What a network that reads whole texts needs of soft tokens: texts behind their prompts, what each token counts in
-attention, and which position is pooled. Pure functions; the network is in `reward_model.py`.
+"""What a network that reads whole texts needs of soft tokens: their embeddings, texts behind their prompts, what each
+token counts in attention, and which position is pooled. Pure functions; networks are in `classifier.py` and
+`likelihood.py`.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
+from softrl.models.policy import chunk_length
+from softrl.tokens.embedding import mixture_embedding
 from softrl.types import SoftTokens
 
 Pooling = Literal["last", "mean"]
 
 
 def packed(
-    prompts: Sequence[Float[Tensor, "_ *rest"]], completions: Float[Tensor, "N T *rest"], fill: float
-) -> Float[Tensor, "N S *rest"]:
+    prompts: Sequence[Num[Tensor, "_ *rest"]], completions: Num[Tensor, "N T *rest"], fill: float | int
+) -> Num[Tensor, "N S *rest"]:
     """Values of each prompt with those of its completion right behind them; `fill` on the right of shorter rows.
 
     Every text starts at position 0, so position ids are those that a model counts by itself, its first token is where
@@ -25,6 +29,29 @@ def packed(
     """
     rows = [torch.cat(parts) for parts in zip(prompts, completions, strict=True)]
     return pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+def mixtures(
+    embedding: nn.Module, ids: Int[Tensor, "N T K"], weights: Float[Tensor, "N T K"]
+) -> Float[Tensor, "N T D"]:
+    """Embeddings of soft tokens, in chunks that the backward pass computes again: [N, T, K, D] is never kept.
+
+    Args:
+        embedding: the network's own module, called on ids.
+        ids: within its vocabulary, also where a text has ended.
+        weights: of any precision; the result has the module's.
+    """
+
+    def mixture(ids_piece: Int[Tensor, "M K"], weights_piece: Float[Tensor, "M K"]) -> Float[Tensor, "M D"]:
+        vectors = embedding(ids_piece)
+        precise = torch.promote_types(vectors.dtype, weights.dtype)  # weights rounded to bfloat16 do not sum to one
+        return mixture_embedding(weights_piece, vectors.to(precise)).to(vectors.dtype)
+
+    width = embedding(ids[:1, :1, 0]).shape[-1]
+    size = chunk_length(ids.shape[-1] * width)
+    pieces = zip(ids.flatten(0, 1).split(size), weights.flatten(0, 1).split(size), strict=True)
+    mixed = [checkpoint(mixture, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.cat(mixed).unflatten(0, ids.shape[:2])
 
 
 def last_token_weights(tokens: SoftTokens, pad_id: int | None) -> Float[Tensor, "N positions"]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from softrl.masking import per_sequence_sum
 from softrl.models.policy import Policy, evaluating
 from softrl.objectives.token_terms import token_outputs
+from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import Reward, WeightedRewards
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
@@ -78,11 +79,18 @@ def kl_and_base_nll(
 def hard_scores(
     rewards: WeightedRewards, batch: PromptBatch, completions: Completions
 ) -> dict[str, Float[Tensor, "N"]]:
-    """Every reward of the hard tokens as `rewards/<name>`, and their weighted sum as `reward/hard`."""
+    """Every reward of the hard tokens as `rewards/<name>`, and their weighted sum as `reward/hard`.
+
+    A reward that reads other tokens than the policy's adds its score of the decoded text, `rewards/<name>_decoded`.
+    """
     each = [values.float() for values in rewards.hard_each(completions.tokens, completions.mask, **batch.columns)]
     total = sum(weight * values for weight, values in zip(rewards.weights, each, strict=True))
-    names = [reward.name for reward in rewards.rewards]
-    return {f"rewards/{name}": values for name, values in zip(names, each, strict=True)} | {"reward/hard": total}
+    scores = {f"rewards/{reward.name}": values for reward, values in zip(rewards.rewards, each, strict=True)}
+    for reward in rewards.rewards:
+        if isinstance(reward, AlignedClassifierReward):
+            decoded = reward.hard_decoded(completions.tokens, completions.mask, **batch.columns)
+            scores[f"rewards/{reward.name}_decoded"] = decoded.float()
+    return scores | {"reward/hard": total}
 
 
 @dataclass(frozen=True)

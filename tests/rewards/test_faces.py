@@ -5,7 +5,7 @@ With hard stopping, where the mask says how long a text is, and with soft stoppi
 
 import pytest
 import torch
-from helpers import ALL_REWARDS, REWARDS_OF_FEW_WEIGHTS, REWARDS_OF_SURVIVAL_ALONE, V, references
+from helpers import ALL_REWARDS, REWARDS_OF_FEW_WEIGHTS, REWARDS_OF_SURVIVAL_ALONE, V, reward_columns
 
 from softrl.masking import mask_through_eos
 from softrl.rewards.base import WeightedRewards, checked_hard, checked_soft
@@ -13,7 +13,7 @@ from softrl.types import SoftTokens
 
 N, T, K = 6, 5, 4
 EOS_IDS = (4, 7, 13)
-COLUMNS = {"reference": references(N)}
+COLUMNS = reward_columns(N)
 
 HARD_STOPPING = [(name, ()) for name in ALL_REWARDS if name not in REWARDS_OF_SURVIVAL_ALONE]
 SOFT_STOPPING = [(name, EOS_IDS) for name in ALL_REWARDS]

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from softrl.rewards import resolve
+from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import checked_soft
 from softrl.rewards.function import FunctionReward
 from softrl.rewards.length import LengthReward
@@ -58,14 +59,28 @@ def first_weight(tokens, answer):
 
 
 def test_overlap_rewards_by_name():
-    """References are cut by the policy's tokenizer, and its end of sequence is no word."""
+    """References are cut by the policy's tokenizer."""
     bleu, *rouge = resolved("bleu", "rouge1", "rouge2", "rougeL")
     assert [reward.name for reward in (bleu, *rouge)] == ["bleu", "rouge1", "rouge2", "rougeL"]
     text = tokenizer().decode([5, 6, 7, 8, 9])
-    ids = torch.tensor([[5, 6, 7, 8, 9, tokenizer().eos_token_id]])
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
     for reward in (bleu, *rouge):
         hard = reward.hard(ids, torch.ones_like(ids, dtype=torch.bool), prompt=["x"], reference=[text])
         torch.testing.assert_close(hard, torch.ones(1))
+
+
+def test_a_saved_classifier_with_another_tokenizer_is_aligned(tmp_path):
+    llama(num_labels=1).save_pretrained(tmp_path)
+    tokenizer(shift=5).save_pretrained(tmp_path)
+    (reward,) = resolved(str(tmp_path), vocab_size=V)
+    assert isinstance(reward, AlignedClassifierReward)
+    assert reward.coverage.one_piece == 1.0
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    aligned = reward.hard(ids, everything, prompt=["w3"])
+    there = tokenizer(shift=5).convert_tokens_to_ids(tokenizer().convert_ids_to_tokens(ids[0].tolist()))
+    plain = SequenceClassifierReward(llama(num_labels=1), tokenizer(shift=5))
+    torch.testing.assert_close(aligned, plain.hard(torch.tensor([there]), everything, prompt=["w3"]))
 
 
 class Black:

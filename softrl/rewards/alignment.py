@@ -1,0 +1,231 @@
+"""From the policy's tokens to the tokens of a reward model with another vocabulary.
+
+Every policy token has a text, and the reward model's tokenizer cuts that text into pieces of its own: none, one or
+several. A soft token of the policy becomes as many slots as its candidates have pieces; a slot holds the mixture of
+the candidates' pieces at that place and is present as much as candidates reach so far. At one-hot tokens the slots are
+the pieces of the tokens, one after another.
+
+What a fixed map cannot see: tokenizers that merge across the policy's token borders cut the whole text otherwise.
+`AlignedClassifierReward` reports how much that matters, by scoring the decoded text as well.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softrl.types import SoftTokens
+
+_MAX_PIECES = 8
+_REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How the policy's tokens that are not special were aligned, as shares of their number; they add up to 1."""
+
+    one_piece: float
+    several_pieces: float
+    no_text: float  # white space that the reward model's tokenizer drops
+    unknown: float  # parts of characters, or what becomes the unknown token or more than 8 pieces
+
+    @property
+    def total(self) -> float:
+        """The share that keeps its whole text."""
+        return 1.0 - self.unknown
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total:.1%} of the policy's tokens keep their text ({self.one_piece:.1%} as one piece, "
+            f"{self.several_pieces:.1%} as several, {self.no_text:.1%} are white space that is dropped), "
+            f"{self.unknown:.1%} do not"
+        )
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Pieces of every policy token, in the reward model's ids; padded with 0 behind `lengths`."""
+
+    pieces: Int[Tensor, "V M"]
+    lengths: Int[Tensor, "V"]
+    coverage: Coverage
+
+    def to(self, device: torch.device) -> "Alignment":
+        """The same map on a device."""
+        return Alignment(self.pieces.to(device), self.lengths.to(device), self.coverage)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """N completions in the reward model's pieces. Slots that no text of the batch can reach are left out.
+
+    `weights` of a slot sum to one where it may be present, `presence` says how much it is (survival left out), `step`
+    which of the T tokens it belongs to, and `position` its place in the text of the most probable candidates.
+    """
+
+    ids: Int[Tensor, "N L K"]
+    weights: Float[Tensor, "N L K"]
+    presence: Float[Tensor, "N L"]
+    step: Int[Tensor, "L"]
+    position: Int[Tensor, "N L"]
+    lengths: Int[Tensor, "N"]  # pieces of the most probable candidates
+
+
+def align(
+    policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> Alignment:
+    """The pieces of each of the policy's `vocab_size` tokens.
+
+    Special tokens of the policy have none, nor have ids that its tokenizer does not know. A token without a
+    counterpart becomes the reward model's unknown token, or nothing if it has no such token.
+
+    Raises:
+        ValueError: a tokenizer without a fast backend, whose model cannot be seen.
+    """
+    texts = token_texts(policy_tokenizer, vocab_size)
+    known = [index for index, text in enumerate(texts) if text]
+    split = _split_all(reward_tokenizer, policy_tokenizer, known, [texts[index] or "" for index in known])
+    unknown_id = reward_tokenizer.unk_token_id
+    rows: list[list[int]] = [[] for _ in range(vocab_size)]
+    counts = {"one": 0, "several": 0, "none": 0, "unknown": 0}
+    for index, ids in zip(known, split, strict=True):
+        text = texts[index] or ""
+        if _REPLACEMENT in text or unknown_id in ids or len(ids) > _MAX_PIECES:
+            rows[index] = [] if unknown_id is None else [unknown_id]
+            counts["unknown"] += 1
+        else:
+            rows[index] = ids
+            counts["none" if not ids else "one" if len(ids) == 1 else "several"] += 1
+    lengths = torch.tensor([len(row) for row in rows])
+    width = max(1, int(lengths.max()) if vocab_size else 1)
+    pieces = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    shares = {name: count / max(1, len(known)) for name, count in counts.items()}
+    return Alignment(pieces, lengths, Coverage(shares["one"], shares["several"], shares["none"], shares["unknown"]))
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str | None]:
+    """What each token adds to a text, its leading space included; None for special and undefined ids.
+
+    Decoded behind another token: some decoders strip the space at the beginning of a text.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = [index for index in range(min(vocab_size, len(tokenizer))) if index not in special]
+    anchor = next(([index] for index in ids if tokenizer.decode([index]).strip().isalnum()), [])
+    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    decoded = tokenizer.batch_decode([[*anchor, index] for index in ids], clean_up_tokenization_spaces=False)
+    texts: list[str | None] = [None] * vocab_size
+    for index, text in zip(ids, decoded, strict=True):
+        texts[index] = text[len(before) :] if text.startswith(before) else _REPLACEMENT
+    return texts
+
+
+def _split_all(
+    tokenizer: PreTrainedTokenizerBase,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    policy_ids: list[int],
+    texts: list[str],
+) -> list[list[int]]:
+    """Pieces of texts that stand inside a longer one."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"the reward model's tokenizer ({type(tokenizer).__name__}) has no fast backend, which alignment reads; "
+            "load it with use_fast=True, or convert it"
+        )
+    if type(backend.model).__name__ == "WordPiece":
+        vocabulary = backend.get_vocab()
+        return [_word_pieces(backend, vocabulary, text) for text in texts]
+    vocabulary, names = tokenizer.get_vocab(), policy_tokenizer.convert_ids_to_tokens(policy_ids)
+    # Both call some pieces the same, markers of spaces included; the others are cut.
+    others: dict[str, list[int]] = {
+        text: [] for name, text in zip(names, texts, strict=True) if name not in vocabulary
+    }
+    if others:
+        (anchor,) = _encoded(tokenizer, ["."])
+        plain, anchored = (_encoded(tokenizer, [front + text for text in others]) for front in ("", "."))
+        for text, alone, behind in zip(others, plain, anchored, strict=True):
+            # behind a full stop there is not the space that some tokenizers put before a text
+            others[text] = behind[len(anchor) :] if behind[: len(anchor)] == anchor else alone
+    return [
+        [vocabulary[name]] if name in vocabulary else others[text] for name, text in zip(names, texts, strict=True)
+    ]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False).input_ids
+
+
+def _word_pieces(backend: Any, vocabulary: dict[str, int], text: str) -> list[int]:
+    """WordPiece of a text that stands inside a longer one: letters without a space in front continue a word."""
+    normalized = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+    ids: list[int] = []
+    for place, word in enumerate(words):
+        continued = place == 0 and word[0].isalnum() and normalized[:1] == word[0] and not text[0].isspace()
+        ids += (_continuing(backend, vocabulary, word) if continued else None) or [
+            token.id for token in backend.model.tokenize(word)
+        ]
+    return ids
+
+
+def _continuing(backend: Any, vocabulary: dict[str, int], word: str) -> list[int] | None:
+    """The longest pieces first, all with the mark of continuation; None if a part has no piece."""
+    mark, ids = backend.model.continuing_subword_prefix, []
+    while word:
+        size = next((size for size in range(len(word), 0, -1) if mark + word[:size] in vocabulary), None)
+        if size is None:
+            return None
+        ids.append(vocabulary[mark + word[:size]])
+        word = word[size:]
+    return ids
+
+
+def slots_of(tokens: SoftTokens, alignment: Alignment) -> Slots:
+    """The slots of soft tokens, differentiable in their weights.
+
+    Slot m of a step holds the m-th piece of every candidate that has one: with `n_k` the number of candidate k's
+    pieces, `presence = Σ_{k: n_k > m} q_k`, and weights `q_k / presence` on those candidates.
+    """
+    precise = torch.promote_types(tokens.weights.dtype, torch.float32)
+    weights = tokens.weights.to(precise)
+    ids = tokens.ids.masked_fill(~tokens.mask[..., None], 0)
+    counts = alignment.lengths[ids].masked_fill(~tokens.mask[..., None], 0)  # [N, T, K]
+    chosen = counts.gather(-1, tokens.weights.detach().argmax(-1, keepdim=True)).squeeze(-1)
+    chosen = chosen * (tokens.survival.detach() > 0.5)  # a text that has probably ended goes no further
+    starts = chosen.cumsum(-1) - chosen
+    reach = (counts * (weights.detach() > 0)).flatten(2).amax((0, 2)).tolist()  # slots of each step
+    places = [(step, place) for step, most in enumerate(reach) for place in range(most)]
+    step = torch.tensor([step for step, _ in places], dtype=torch.long, device=ids.device)
+    place = torch.tensor([place for _, place in places], dtype=torch.long, device=ids.device)
+
+    reached = counts[:, step] > place[:, None]  # [N, L, K]
+    held = weights[:, step] * reached
+    presence = held.sum(-1)
+    pieces = alignment.pieces[ids[:, step], place[:, None].expand(*reached.shape[1:])]
+    return Slots(
+        pieces,
+        held / presence.clamp(min=torch.finfo(precise).tiny)[..., None],
+        presence,
+        step,
+        starts[:, step] + place,
+        chosen.sum(-1),
+    )
+
+
+def pieces_of(ids: Iterable[int], alignment: Alignment) -> list[int]:
+    """The pieces of a text's tokens, one after another."""
+    return [piece for index in ids for piece in alignment.pieces[index, : alignment.lengths[index]].tolist()]
+
+
+def last_present(presence: Float[Tensor, "N L"], inside: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+    """The probability that each slot is the last one that is present, were they independent: `p_l Π_{j>l} (1 − p_j)`.
+
+    At one-hot tokens it is one on the last piece. Where nothing is present all are zero.
+    """
+    present = presence * inside
+    none_behind = (1.0 - present).flip(-1).cumprod(-1).flip(-1)
+    return present * torch.cat([none_behind[:, 1:], torch.ones_like(present[:, :1])], -1)
