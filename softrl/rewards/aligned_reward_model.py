@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from softrl.rewards.alignment import align, last_present, pieces_of, slots_of
+from softrl.rewards.alignment import align, last_present, pieces_of, slots_of, some_word
 from softrl.rewards.base import one_hot_tokens
 from softrl.rewards.classifier import SoftClassifier
 from softrl.rewards.reward_model import Link, default_name, label_index, linked, load_classifier
@@ -248,6 +248,7 @@ class AlignedClassifierReward(nn.Module):
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and behind a text."""
-    (alone,), (framed,) = (tokenizer(["a"], add_special_tokens=special).input_ids for special in (False, True))
+    _, word = some_word(tokenizer)
+    (alone,), (framed,) = (tokenizer([word], add_special_tokens=special).input_ids for special in (False, True))
     start = next((i for i in range(len(framed)) if framed[i : i + len(alone)] == alone), len(framed))
     return framed[:start], framed[start + len(alone) :]

@@ -114,13 +114,25 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str
     """
     special = set(tokenizer.all_special_ids)
     ids = [index for index in range(min(vocab_size, len(tokenizer))) if index not in special]
-    anchor = next(([index] for index in ids if tokenizer.decode([index]).strip().isalnum()), [])
-    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-    decoded = tokenizer.batch_decode([[*anchor, index] for index in ids], clean_up_tokenization_spaces=False)
+    anchor, before = some_word(tokenizer)
+    decoded: Any = tokenizer.batch_decode([[anchor, index] for index in ids], clean_up_tokenization_spaces=False)
     texts: list[str | None] = [None] * vocab_size
     for index, text in zip(ids, decoded, strict=True):
         texts[index] = text[len(before) :] if text.startswith(before) else _REPLACEMENT
     return texts
+
+
+def some_word(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+    """A token that is a letter, a number or a word of them, and its text.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for index in range(len(tokenizer)):
+        text: Any = tokenizer.decode([index], clean_up_tokenization_spaces=False)
+        if index not in tokenizer.all_special_ids and text.isalnum():
+            return index, text
+    raise ValueError(f"tokenizer {type(tokenizer).__name__} has no token of letters or digits")
 
 
 def _split_all(

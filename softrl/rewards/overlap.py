@@ -301,10 +301,10 @@ def _count_without_match(
 
 def _closest(length: Float[Tensor, "N"], rows: list[list[list[int]]]) -> Int[Tensor, "N"]:
     """Length of the reference that is closest to each text's, the shorter of two."""
-    closest = [
-        min(map(len, references), key=lambda reference, text=text: (abs(reference - text), reference))
-        for text, references in zip(length.tolist(), rows, strict=True)
-    ]
+    closest = []
+    for text, references in zip(length.tolist(), rows, strict=True):
+        _, chosen = min((abs(len(reference) - text), len(reference)) for reference in references)
+        closest.append(chosen)
     return torch.tensor(closest, device=length.device)
 
 
