@@ -113,8 +113,11 @@ class AlignedClassifierReward(nn.Module):
                 the model's context.
         """
         self._check_ids(tokens)
-        fronts = [tokens.ids.new_tensor(self._before + prompt) for prompt in self._prompts(len(tokens.ids), columns)]
-        return linked(self._logits(tokens, fronts), self.index, self.link)
+        texts = self._prompt_texts(len(tokens.ids), columns)
+        prompts = self.reward_tokenizer(texts, add_special_tokens=False).input_ids
+        fronts = [tokens.ids.new_tensor(self._before + prompt) for prompt in prompts]
+        behind_word = torch.tensor([text[-1:].isalnum() for text in texts], device=tokens.ids.device)
+        return linked(self._logits(tokens, fronts, behind_word), self.index, self.link)
 
     def hard(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any) -> Float[Tensor, "N"]:
         """Rewards of the aligned pieces of token ids, in float32 at least."""
@@ -138,10 +141,12 @@ class AlignedClassifierReward(nn.Module):
         logits = self.classifier.model(pad_sequence(rows, True, fill), attention_mask=mask).logits
         return linked(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.index, self.link)
 
-    def _logits(self, tokens: SoftTokens, fronts: list[Int[Tensor, "_"]]) -> Float[Tensor, "N C"]:
+    def _logits(
+        self, tokens: SoftTokens, fronts: list[Int[Tensor, "_"]], behind_word: Bool[Tensor, "N"]
+    ) -> Float[Tensor, "N C"]:
         classifier, device = self.classifier, tokens.ids.device
         self.alignment = self.alignment.to(device)
-        slots = slots_of(tokens, self.alignment)
+        slots = slots_of(tokens, self.alignment, behind_word)
         after = torch.tensor(self._after, dtype=torch.long, device=device).expand(len(fronts), -1)
         starts = torch.tensor([len(front) for front in fronts], device=device)
         self._check_length(int((starts + slots.lengths).max()) + len(self._after))
@@ -181,10 +186,6 @@ class AlignedClassifierReward(nn.Module):
         ]
         return packed(fronts, last, 0.0)
 
-    def _prompts(self, num_rows: int, columns: Mapping[str, Any]) -> list[list[int]]:
-        texts = self._prompt_texts(num_rows, columns)
-        return self.reward_tokenizer(texts, add_special_tokens=False).input_ids
-
     def _prompt_texts(self, num_rows: int, columns: Mapping[str, Any]) -> list[str]:
         """Prompts as texts; conversations one message a line."""
         if not self.include_prompt:
@@ -201,7 +202,7 @@ class AlignedClassifierReward(nn.Module):
 
     def _check_ids(self, tokens: SoftTokens) -> None:
         ids = tokens.ids.masked_fill(~tokens.mask[..., None], 0)
-        known = len(self.alignment.lengths)
+        known = self.alignment.lengths.shape[1]
         outside = ids[(ids < 0) | (ids >= known)]
         if outside.numel():
             raise ValueError(
@@ -225,7 +226,7 @@ class AlignedClassifierReward(nn.Module):
             TypeError: neither scores aligned tokens as the model's own forward scores their pieces.
         """
         device = self.classifier.model.device
-        lengths = self.alignment.lengths
+        lengths = self.alignment.lengths[0]
         some = torch.cat([(lengths == count).nonzero().flatten()[:3] for count in (1, 2, 3)])[:_NUM_CHECKED]
         ids = torch.cat([some, some.flip(0)])[None].to(device)
         tokens = one_hot_tokens(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -236,7 +237,7 @@ class AlignedClassifierReward(nn.Module):
             for first in (0, (self.classifier.config.pad_token_id or 0) + 1):
                 self._first_position = first
                 if self.classifier.takes_positions:
-                    ours = self._logits(tokens, front).float()
+                    ours = self._logits(tokens, front, torch.zeros_like(ids[:, 0], dtype=torch.bool)).float()
                     if bool((ours - theirs).norm() <= 1e-2 * theirs.norm()):
                         return
         raise TypeError(

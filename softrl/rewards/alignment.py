@@ -5,10 +5,14 @@ several. A soft token of the policy becomes as many slots as its candidates have
 the candidates' pieces at that place and is present as much as candidates reach so far. At one-hot tokens the slots are
 the pieces of the tokens, one after another.
 
-What a fixed map cannot see: tokenizers that merge across the policy's token borders cut the whole text otherwise.
+WordPiece cuts a text otherwise inside a word than at the beginning of one, so there are two maps, and a candidate
+takes the one for inside with the probability that the token in front of it ends in a letter or a digit.
+
+What such maps cannot see: tokenizers that merge across the policy's token borders cut the whole text otherwise.
 `AlignedClassifierReward` reports how much that matters, by scoring the decoded text as well.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -48,15 +52,21 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Pieces of every policy token, in the reward model's ids; padded with 0 behind `lengths`."""
+    """Pieces of every policy token, in the reward model's ids; padded with 0 behind `lengths`.
 
-    pieces: Int[Tensor, "V M"]
-    lengths: Int[Tensor, "V"]
+    Row 0 is for tokens at the beginning of a word, or of a text, row 1 for those behind a token that `ends_in_word`.
+    Where the reward model's tokenizer makes no difference there is row 0 alone.
+    """
+
+    pieces: Int[Tensor, "maps V M"]
+    lengths: Int[Tensor, "maps V"]
+    ends_in_word: Bool[Tensor, "V"]
     coverage: Coverage
 
     def to(self, device: torch.device) -> "Alignment":
-        """The same map on a device."""
-        return Alignment(self.pieces.to(device), self.lengths.to(device), self.coverage)
+        """The same maps on a device."""
+        tensors = (self.pieces.to(device), self.lengths.to(device), self.ends_in_word.to(device))
+        return Alignment(*tensors, self.coverage)
 
 
 @dataclass(frozen=True)
@@ -86,25 +96,41 @@ def align(
     Raises:
         ValueError: a tokenizer without a fast backend, whose model cannot be seen.
     """
+    backend: Any = getattr(reward_tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"the reward model's tokenizer ({type(reward_tokenizer).__name__}) has no fast backend, which alignment "
+            "reads; load it with use_fast=True, or convert it"
+        )
     texts = token_texts(policy_tokenizer, vocab_size)
-    known = [index for index, text in enumerate(texts) if text]
-    split = _split_all(reward_tokenizer, policy_tokenizer, known, [texts[index] or "" for index in known])
+    known = {index: text for index, text in enumerate(texts) if text}
+    if type(backend.model).__name__ == "WordPiece":
+        vocabulary = backend.get_vocab()
+        maps = [[_word_pieces(backend, vocabulary, t, inside) for t in known.values()] for inside in (False, True)]
+    else:
+        maps = [_pieces(reward_tokenizer, policy_tokenizer.convert_ids_to_tokens([*known]), [*known.values()])]
     unknown_id = reward_tokenizer.unk_token_id
-    rows: list[list[int]] = [[] for _ in range(vocab_size)]
-    counts = {"one": 0, "several": 0, "none": 0, "unknown": 0}
-    for index, ids in zip(known, split, strict=True):
-        text = texts[index] or ""
-        if _REPLACEMENT in text or unknown_id in ids or len(ids) > _MAX_PIECES:
-            rows[index] = [] if unknown_id is None else [unknown_id]
-            counts["unknown"] += 1
-        else:
-            rows[index] = ids
-            counts["none" if not ids else "one" if len(ids) == 1 else "several"] += 1
-    lengths = torch.tensor([len(row) for row in rows])
-    width = max(1, int(lengths.max()) if vocab_size else 1)
-    pieces = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    shares = {name: count / max(1, len(known)) for name, count in counts.items()}
-    return Alignment(pieces, lengths, Coverage(shares["one"], shares["several"], shares["none"], shares["unknown"]))
+    lost = [
+        _REPLACEMENT in text or any(unknown_id in ids or len(ids) > _MAX_PIECES for ids in cuts)
+        for text, *cuts in zip(known.values(), *maps, strict=True)
+    ]
+    replacement = [] if unknown_id is None else [unknown_id]
+    maps = [[replacement if gone else ids for gone, ids in zip(lost, cuts, strict=True)] for cuts in maps]
+    lengths = torch.zeros(len(maps), vocab_size, dtype=torch.long)
+    pieces = torch.zeros(len(maps), vocab_size, _MAX_PIECES, dtype=torch.long)
+    indices = torch.tensor([*known], dtype=torch.long)
+    for row, cuts in enumerate(maps):
+        lengths[row, indices] = torch.tensor([len(ids) for ids in cuts])
+        pieces[row, indices] = torch.tensor([ids + [0] * (_MAX_PIECES - len(ids)) for ids in cuts])
+    ends = torch.tensor([bool(text) and text[-1].isalnum() for text in texts])
+    width = max(1, int(lengths.max()))
+    return Alignment(pieces[..., :width], lengths, ends, _coverage(maps[0], lost))
+
+
+def _coverage(cuts: list[list[int]], lost: list[bool]) -> Coverage:
+    counts = Counter("unknown" if gone else min(len(ids), 2) for ids, gone in zip(cuts, lost, strict=True))
+    one, several, none, unknown = (counts[key] / max(1, len(cuts)) for key in (1, 2, 0, "unknown"))
+    return Coverage(one, several, none, unknown)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str | None]:
@@ -135,27 +161,11 @@ def some_word(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
     raise ValueError(f"tokenizer {type(tokenizer).__name__} has no token of letters or digits")
 
 
-def _split_all(
-    tokenizer: PreTrainedTokenizerBase,
-    policy_tokenizer: PreTrainedTokenizerBase,
-    policy_ids: list[int],
-    texts: list[str],
-) -> list[list[int]]:
-    """Pieces of texts that stand inside a longer one."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"the reward model's tokenizer ({type(tokenizer).__name__}) has no fast backend, which alignment reads; "
-            "load it with use_fast=True, or convert it"
-        )
-    if type(backend.model).__name__ == "WordPiece":
-        vocabulary = backend.get_vocab()
-        return [_word_pieces(backend, vocabulary, text) for text in texts]
-    vocabulary, names = tokenizer.get_vocab(), policy_tokenizer.convert_ids_to_tokens(policy_ids)
+def _pieces(tokenizer: PreTrainedTokenizerBase, names: list[str], texts: list[str]) -> list[list[int]]:
+    """Pieces of texts that stand inside a longer one; `names` is what the policy's tokenizer calls them."""
+    vocabulary = tokenizer.get_vocab()
     # Both call some pieces the same, markers of spaces included; the others are cut.
-    others: dict[str, list[int]] = {
-        text: [] for name, text in zip(names, texts, strict=True) if name not in vocabulary
-    }
+    others: dict[str, list[int]] = {t: [] for name, t in zip(names, texts, strict=True) if name not in vocabulary}
     if others:
         (anchor,) = _encoded(tokenizer, ["."])
         plain, anchored = (_encoded(tokenizer, [front + text for text in others]) for front in ("", "."))
@@ -171,17 +181,16 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return tokenizer(texts, add_special_tokens=False).input_ids
 
 
-def _word_pieces(backend: Any, vocabulary: dict[str, int], text: str) -> list[int]:
-    """WordPiece of a text that stands inside a longer one: letters without a space in front continue a word."""
+def _word_pieces(backend: Any, vocabulary: dict[str, int], text: str, inside_word: bool) -> list[int]:
+    """WordPiece of a text; inside a word, letters and digits without a space in front go on with it."""
     normalized = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
     ids: list[int] = []
-    for place, word in enumerate(words):
-        continued = place == 0 and word[0].isalnum() and normalized[:1] == word[0] and not text[0].isspace()
-        ids += (_continuing(backend, vocabulary, word) if continued else None) or [
-            token.id for token in backend.model.tokenize(word)
-        ]
-    return ids
+    if inside_word and words and text[0].isalnum() and words[0][0].isalnum():
+        continuing = _continuing(backend, vocabulary, words[0])
+        if continuing is not None:
+            ids, words = continuing, words[1:]
+    return ids + [token.id for word in words for token in backend.model.tokenize(word)]
 
 
 def _continuing(backend: Any, vocabulary: dict[str, int], word: str) -> list[int] | None:
@@ -196,30 +205,34 @@ def _continuing(backend: Any, vocabulary: dict[str, int], word: str) -> list[int
     return ids
 
 
-def slots_of(tokens: SoftTokens, alignment: Alignment) -> Slots:
+def slots_of(tokens: SoftTokens, alignment: Alignment, behind_word: Bool[Tensor, "N"]) -> Slots:
     """The slots of soft tokens, differentiable in their weights.
 
     Slot m of a step holds the m-th piece of every candidate that has one: with `n_k` the number of candidate k's
-    pieces, `presence = Σ_{k: n_k > m} q_k`, and weights `q_k / presence` on those candidates.
+    pieces, `presence = Σ_{k: n_k > m} q_k`, and weights `q_k / presence` on those candidates. With two maps every
+    candidate stands there twice, inside a word and at the beginning of one.
+
+    Args:
+        tokens: N completions.
+        alignment: of the policy's vocabulary.
+        behind_word: whether what stands in front of each completion ends in a letter or a digit.
     """
     precise = torch.promote_types(tokens.weights.dtype, torch.float32)
-    weights = tokens.weights.to(precise)
-    ids = tokens.ids.masked_fill(~tokens.mask[..., None], 0)
-    counts = alignment.lengths[ids].masked_fill(~tokens.mask[..., None], 0)  # [N, T, K]
-    chosen = counts.gather(-1, tokens.weights.detach().argmax(-1, keepdim=True)).squeeze(-1)
+    ids, weights, rows = _by_map(tokens, tokens.weights.to(precise), alignment, behind_word)
+    counts = alignment.lengths[rows, ids].masked_fill(~tokens.mask[..., None], 0)
+    chosen = counts.gather(-1, weights.detach().argmax(-1, keepdim=True)).squeeze(-1)
     chosen = chosen * (tokens.survival.detach() > 0.5)  # a text that has probably ended goes no further
     starts = chosen.cumsum(-1) - chosen
-    reach = (counts * (weights.detach() > 0)).flatten(2).amax((0, 2)).tolist()  # slots of each step
+    reach = (counts * (weights.detach() > 0)).transpose(0, 1).flatten(1).amax(1).tolist()  # slots of each step
     places = [(step, place) for step, most in enumerate(reach) for place in range(most)]
     step = torch.tensor([step for step, _ in places], dtype=torch.long, device=ids.device)
     place = torch.tensor([place for _, place in places], dtype=torch.long, device=ids.device)
 
-    reached = counts[:, step] > place[:, None]  # [N, L, K]
+    reached = counts[:, step] > place[:, None]  # [N, L, candidates]
     held = weights[:, step] * reached
     presence = held.sum(-1)
-    pieces = alignment.pieces[ids[:, step], place[:, None].expand(*reached.shape[1:])]
     return Slots(
-        pieces,
+        alignment.pieces[rows.expand_as(ids)[:, step], ids[:, step], place[:, None].expand_as(reached)],
         held / presence.clamp(min=torch.finfo(precise).tiny)[..., None],
         presence,
         step,
@@ -228,9 +241,28 @@ def slots_of(tokens: SoftTokens, alignment: Alignment) -> Slots:
     )
 
 
-def pieces_of(ids: Iterable[int], alignment: Alignment) -> list[int]:
+def _by_map(
+    tokens: SoftTokens, weights: Float[Tensor, "N T K"], alignment: Alignment, behind_word: Bool[Tensor, "N"]
+) -> tuple[Int[Tensor, "N T candidates"], Float[Tensor, "N T candidates"], Int[Tensor, "candidates"]]:
+    """Candidates, their weights, and the row of the alignment that each is read by."""
+    ids = tokens.ids.masked_fill(~tokens.mask[..., None], 0)
+    num_kept = ids.shape[-1]
+    if len(alignment.lengths) == 1:
+        return ids, weights, torch.zeros(num_kept, dtype=torch.long, device=ids.device)
+    ends = (weights * alignment.ends_in_word[ids]).sum(-1)
+    inside = torch.cat([behind_word[:, None].to(ends), ends[:, :-1]], 1)[..., None]
+    rows = torch.arange(2, device=ids.device).repeat_interleave(num_kept)
+    return torch.cat([ids, ids], -1), torch.cat([weights * (1.0 - inside), weights * inside], -1), rows
+
+
+def pieces_of(ids: Iterable[int], alignment: Alignment, behind_word: bool = False) -> list[int]:
     """The pieces of a text's tokens, one after another."""
-    return [piece for index in ids for piece in alignment.pieces[index, : alignment.lengths[index]].tolist()]
+    found: list[int] = []
+    for index in ids:
+        row = int(behind_word and len(alignment.lengths) == 2)
+        found += alignment.pieces[row, index, : alignment.lengths[row, index]].tolist()
+        behind_word = bool(alignment.ends_in_word[index])
+    return found
 
 
 def last_present(presence: Float[Tensor, "N L"], inside: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:

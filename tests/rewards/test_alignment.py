@@ -107,17 +107,25 @@ def test_pieces_are_what_the_other_tokenizer_makes_of_a_text():
     assert texts[POLICY.eos_token_id] is None
     assert texts[V:] == [None] * 5
     alignment = align(POLICY, BERT_LIKE, V + 5)
-    names = {text: BERT_LIKE.convert_ids_to_tokens(pieces_of([i], alignment)) for i, text in enumerate(texts) if text}
+    names, inside = (
+        {
+            text: BERT_LIKE.convert_ids_to_tokens(pieces_of([i], alignment, behind))
+            for i, text in enumerate(texts)
+            if text
+        }
+        for behind in (False, True)
+    )
     assert names[" the"] == ["the"]
     assert names[" film"] == ["film"]
-    assert names["s"] == ["##s"], "letters without a space continue a word"
+    assert (names["f"], inside["f"]) == (["f"], ["##f"]), "letters without a space go on with a word"
+    assert inside[" the"] == ["the"]
     assert names["."] == ["."]
     assert names[" wonder"] == ["wonder"]
-    assert names["T"] == ["##t"]
+    assert (names["T"], inside["T"]) == (["t"], ["##t"])
     assert names["\n"] == []
     assert names["0"] == ["[UNK]"]
     broken = POLICY("é").input_ids[0]
-    assert BERT_LIKE.convert_ids_to_tokens(pieces_of([broken], alignment)) in (["##e"], ["[UNK]"])
+    assert BERT_LIKE.convert_ids_to_tokens(pieces_of([broken], alignment)) in (["e"], ["[UNK]"])
     assert pieces_of([POLICY.eos_token_id, V + 2], alignment) == []
     coverage = alignment.coverage
     parts = (coverage.one_piece, coverage.several_pieces, coverage.no_text, coverage.unknown)
@@ -137,19 +145,38 @@ def test_a_vocabulary_is_aligned_with_itself():
 
 def test_slots_hold_the_candidates_pieces():
     """Presence and contents by hand: candidates of two, one and no pieces."""
-    alignment = align(POLICY, BERT_LIKE, V)
-    by_length = [(alignment.lengths == count).nonzero().flatten()[-1].item() for count in (2, 1, 0)]
+    alignment = align(POLICY, BYTES, V)
+    assert len(alignment.lengths) == 1
+    by_length = [(alignment.lengths[0] == count).nonzero().flatten()[-1].item() for count in (2, 1, 0)]
     weights = torch.tensor([[[0.5, 0.3, 0.2], [0.0, 1.0, 0.0]]], dtype=torch.float64)
-    slots = slots_of(
-        SoftTokens(torch.tensor([[by_length] * 2]), weights, torch.ones(1, 2, dtype=torch.bool)), alignment
-    )
+    tokens = SoftTokens(torch.tensor([[by_length] * 2]), weights, torch.ones(1, 2, dtype=torch.bool))
+    slots = slots_of(tokens, alignment, torch.tensor([False]))
     assert slots.step.tolist() == [0, 0, 1]
     assert slots.position.tolist() == [[0, 1, 2]]
     assert slots.lengths.tolist() == [3]
     torch.testing.assert_close(slots.presence, torch.tensor([[0.8, 0.5, 1.0]], dtype=torch.float64))
     torch.testing.assert_close(slots.weights[0, 0], torch.tensor([0.625, 0.375, 0.0], dtype=torch.float64))
-    assert slots.ids[0, 0, :2].tolist() == [alignment.pieces[i, 0] for i in by_length[:2]]
-    assert slots.ids[0, 1, 0] == alignment.pieces[by_length[0], 1]
+    assert slots.ids[0, 0, :2].tolist() == [alignment.pieces[0, i, 0] for i in by_length[:2]]
+    assert slots.ids[0, 1, 0] == alignment.pieces[0, by_length[0], 1]
+
+
+def test_a_candidate_goes_on_with_a_word_as_likely_as_there_is_one():
+    """ "f" behind a token that is a word with probability 0.7."""
+    alignment = align(POLICY, BERT_LIKE, V)
+    film, stop, letter = (POLICY(text).input_ids[0] for text in (" film", ".", "f"))
+    weights = torch.tensor([[[0.7, 0.3], [1.0, 0.0]]], dtype=torch.float64)
+    tokens = SoftTokens(torch.tensor([[[film, stop], [letter, stop]]]), weights, torch.ones(1, 2, dtype=torch.bool))
+    slots = slots_of(tokens, alignment, torch.tensor([True]))
+    held = dict(zip(slots.ids[0, 1].tolist(), slots.weights[0, 1].tolist(), strict=True))
+    starts, inside = BERT_LIKE.convert_tokens_to_ids(["f", "##f"])
+    assert (held[starts], held[inside]) == pytest.approx((0.3, 0.7))
+
+
+def test_pieces_of_texts_are_the_tokenizers_own():
+    """Behind word, space, punctuation and line break, and at the beginning."""
+    for text in (" films. the cast", "x-y\nz was the film", "b.b the film\n\nq k"):
+        found = pieces_of(POLICY(text).input_ids, align(POLICY, BERT_LIKE, V))
+        assert BERT_LIKE.convert_ids_to_tokens(found) == BERT_LIKE.tokenize(text)
 
 
 def test_which_slot_is_the_last():
@@ -168,7 +195,7 @@ def test_hard_face_is_the_models_own_on_the_pieces(kind):
     expected = []
     for prompt, row, written in zip(PROMPTS, ids, mask, strict=True):
         front = tokenizer(prompt, add_special_tokens=False).input_ids
-        pieces = front + pieces_of(row[written].tolist(), reward.alignment)
+        pieces = front + pieces_of(row[written].tolist(), reward.alignment, behind_word=True)
         framed = [2, *pieces, 3] if kind == "bert" else pieces
         expected.append(model(input_ids=torch.tensor([framed])).logits[0, 1])
     found = checked_hard(reward, ids, mask, prompt=PROMPTS)
