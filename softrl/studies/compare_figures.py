@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from softrl.assets import write_atomically
 from softrl.studies.compare_tables import METRICS, Record, curve_beta, finished, mean_at_kl, mean_curve
 
@@ -12,6 +14,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 _MARKERS = "osD^vPX*"
 _LABELS = {"reward": "hard reward (trained on)", "judge": "judge (never trained on)"}
 _GRID_POINTS = 24
+_KL_TICKS = (0, 0.5, 2, 5, 10, 20, 40, 80, 160, 320)
 
 
 def draw(records: list[Record], folder: Path) -> dict[str, Path]:
@@ -100,7 +103,13 @@ def _frontier(records: list[Record], looks: dict[str, dict[str, str]]) -> Any:
                 kl, mean, error = (list(values) for values in zip(*curve, strict=True))
                 axis.plot(kl, mean, color=look["color"], linewidth=2)
                 _band(axis, kl, mean, error, look)
-        axis.set_xlabel("KL to base, nats a completion")
+        # A run without a KL term goes as the square of the others: equal steps of the root show both.
+        axis.set_xscale("function", functions=(np.sqrt, np.square))
+        furthest = max(point["kl_completion"] for record in records for point in record["points"])
+        ticks = [tick for tick in _KL_TICKS if tick <= max(furthest, _KL_TICKS[1])]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xlim(left=0.0)
+        axis.set_xlabel("KL to base, nats a completion (root scale)")
         axis.set_ylabel(_LABELS[metric])
     _legend(figure, axes.flat[0], looks)
     return figure
@@ -118,7 +127,7 @@ def frontier_curve(records: list[Record], metric: str) -> list[tuple[float, floa
     end = min(furthest.values())
     curve = []
     for index in range(_GRID_POINTS + 1):
-        kl = end * index / _GRID_POINTS
+        kl = end * (index / _GRID_POINTS) ** 2
         mean, error, reached = mean_at_kl(records, kl, metric)
         if reached == len(seeds):
             curve.append((kl, mean, error))
