@@ -134,10 +134,11 @@ class AlignedClassifierReward(nn.Module):
         fronts = self._prompt_texts(len(ids), columns)
         whole = [front + text for front, text in zip(fronts, texts, strict=True)]
         cut = self.reward_tokenizer(whole, add_special_tokens=False).input_ids
-        rows = [torch.tensor([*self._before, *row, *self._after], device=ids.device) for row in cut]
+        fill = self.classifier.config.pad_token_id or 0
+        framed = [[*self._before, *row, *self._after] or [fill] for row in cut]  # an empty text has to be something
+        rows = [torch.tensor(row, device=ids.device) for row in framed]
         self._check_length(max(map(len, rows)))
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        fill = self.classifier.config.pad_token_id or 0
         logits = self.classifier.model(pad_sequence(rows, True, fill), attention_mask=mask).logits
         return linked(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.index, self.link)
 

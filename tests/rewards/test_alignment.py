@@ -243,6 +243,20 @@ def test_gradient_against_finite_differences(kind, eos_ids):
     assert grad[0, 0, :3].abs().min() > 0.0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_without_a_piece(kind):
+    """Every completion ends at once; the prompts are all there is."""
+    reward = reward_of(kind)
+    ids = torch.full((3, 2), POLICY.eos_token_id)
+    mask = torch.tensor([[True, False]] * 3)
+    found = checked_hard(reward, ids, mask, prompt=PROMPTS)
+    torch.testing.assert_close(found, reward.hard_decoded(ids, mask, prompt=PROMPTS), rtol=1e-6, atol=1e-6)
+    one_hot = one_hot_tokens(ids, mask)
+    weights = one_hot.weights.requires_grad_()
+    assert torch.autograd.grad(checked_soft(reward, one_hot, prompt=PROMPTS).sum(), weights)[0].abs().max() == 0.0
+    assert torch.isfinite(reward.hard_decoded(ids, mask, prompt=["", "a", ""])).all()
+
+
 def test_what_cannot_be_aligned():
     ids, mask = completions()
     with pytest.raises(
