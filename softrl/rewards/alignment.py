@@ -108,7 +108,8 @@ def align(
         vocabulary = backend.get_vocab()
         maps = [[_word_pieces(backend, vocabulary, t, inside) for t in known.values()] for inside in (False, True)]
     else:
-        maps = [_pieces(reward_tokenizer, policy_tokenizer.convert_ids_to_tokens([*known]), [*known.values()])]
+        names = [str(policy_tokenizer.convert_ids_to_tokens(index)) for index in known]
+        maps = [_pieces(reward_tokenizer, names, [*known.values()])]
     unknown_id = reward_tokenizer.unk_token_id
     lost = [
         _REPLACEMENT in text or any(unknown_id in ids or len(ids) > _MAX_PIECES for ids in cuts)
@@ -122,7 +123,7 @@ def align(
     for row, cuts in enumerate(maps):
         lengths[row, indices] = torch.tensor([len(ids) for ids in cuts])
         pieces[row, indices] = torch.tensor([ids + [0] * (_MAX_PIECES - len(ids)) for ids in cuts])
-    ends = torch.tensor([bool(text) and text[-1].isalnum() for text in texts])
+    ends = torch.tensor([text is not None and text[-1:].isalnum() for text in texts])
     width = max(1, int(lengths.max()))
     return Alignment(pieces[..., :width], lengths, ends, _coverage(maps[0], lost))
 

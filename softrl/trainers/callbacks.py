@@ -1,4 +1,4 @@
-"""Callbacks: stopping cleanly on Ctrl-C, and a progress bar that shows what matters in a soft rollout."""
+"""Callbacks: stopping on Ctrl-C or when a reward is gamed, and a progress bar that shows what matters."""
 
 import signal
 from types import FrameType
@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 _SHOWN = {"reward/hard": "reward", "judge": "judge", "kl": "kl", "reward/gap": "gap", "adjoint/sweeps": "sweeps"}
 
@@ -42,6 +43,71 @@ class InterruptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         signal.signal(signal.SIGINT, self._previous)
+
+
+class GamingCallback(TrainerCallback):
+    """Stops training when the reward is gamed: soft tokens score what hard ones do not, or the judge falls.
+
+    `reason` says why training was stopped; None if it was not. A run with a `save_strategy` saves a checkpoint first.
+
+    Args:
+        max_gap: stop when the logged `reward/gap`, soft less hard, is larger at `patience` logs in a row.
+        max_judge_drop: stop when an evaluation's judge is that far below the best evaluation of the run.
+        patience: logs in a row; a single batch may have a gap by chance.
+    """
+
+    def __init__(self, max_gap: float | None = None, max_judge_drop: float | None = None, patience: int = 3) -> None:
+        self.max_gap = max_gap
+        self.max_judge_drop = max_judge_drop
+        self.patience = patience
+        self.reason: str | None = None
+        self._gaps_in_a_row = 0
+        self._best_judge = -float("inf")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        gap = (logs or {}).get("reward/gap")
+        if self.max_gap is not None and gap is not None:
+            self._gaps_in_a_row = self._gaps_in_a_row + 1 if gap > self.max_gap else 0
+            if self._gaps_in_a_row >= self.patience:
+                self._stop(
+                    f"the soft reward has been more than early_stop_on_gap={self.max_gap:g} above the hard one at "
+                    f"{self.patience} logs in a row, at last by {gap:.3g}",
+                    args, state, control,
+                )  # fmt: skip
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        judge = (metrics or {}).get("eval_judge")
+        if self.max_judge_drop is not None and judge is not None:
+            self._best_judge = max(self._best_judge, judge)
+            if self._best_judge - judge > self.max_judge_drop:
+                self._stop(
+                    f"the judge has fallen to {judge:.3g} from {self._best_judge:.3g}, by more than "
+                    f"early_stop_on_judge_drop={self.max_judge_drop:g}",
+                    args, state, control,
+                )  # fmt: skip
+        return control
+
+    def _stop(self, reason: str, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        if self.reason is None and state.is_world_process_zero:
+            tqdm.write(f"Stopped at step {state.global_step}: {reason}.")
+        self.reason = reason
+        control.should_training_stop = True
+        control.should_save = control.should_save or args.save_strategy != SaveStrategy.NO
 
 
 class RewardProgressCallback(TrainerCallback):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from evaluate import EvaluationModule
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from softrl.models.policy import Policy, evaluating
 from softrl.objectives.token_terms import token_outputs
 from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import Reward, WeightedRewards
+from softrl.rewards.repetition import RepetitionPenalty
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.truncation import Truncation
@@ -51,6 +52,7 @@ class Sample:
     base_nll_nats: float | None
     rewards: dict[str, float] = field(default_factory=dict)
     references: tuple[str, ...] = ()
+    repetition: float = 0.0
 
 
 def distinct_n(sequences: list[tuple[int, ...]], n: int) -> float:
@@ -58,6 +60,12 @@ def distinct_n(sequences: list[tuple[int, ...]], n: int) -> float:
     grams = Counter(tuple(row[i : i + n]) for row in sequences for i in range(len(row) - n + 1))
     total = sum(grams.values())
     return len(grams) / total if total else 0.0
+
+
+@torch.no_grad()
+def repetition(tokens: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N"]:
+    """Share of equal pairs among each completion's bigrams, in [0, 1]; see `RepetitionPenalty`."""
+    return -RepetitionPenalty(2).hard(tokens, mask).float()
 
 
 @torch.no_grad()
@@ -138,12 +146,14 @@ class Evaluator:
         prompts, rewards = batch.columns["prompt"], scores.pop("reward/hard")
         by_name = {name.removeprefix("rewards/"): values for name, values in scores.items()}
         references = batch.columns.get("reference", [()] * count)
+        repeated = repetition(tokens, mask).tolist()
         return [
             Sample(
                 batch.indices[i], prompt_text(prompts[i]), texts[i], tuple(tokens[i][mask[i]].tolist()),
                 completions.ended[i].item(), rewards[i], judged[i], kl[i], nll[i],
                 {name: values[i] for name, values in by_name.items()},
                 (references[i],) if isinstance(references[i], str) else tuple(references[i] or ()),
+                repeated[i],
             )
             for i in range(count)
         ]  # fmt: skip
@@ -244,6 +254,7 @@ def summary(samples: list[Sample]) -> dict[str, float]:
         "reward_se": sample_std(rewards) / len(samples) ** 0.5,
         "distinct_1": distinct_n([sample.tokens for sample in samples], 1),
         "distinct_2": distinct_n([sample.tokens for sample in samples], 2),
+        "repetition": sum(sample.repetition for sample in samples) / len(samples),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 
 from softrl.models.policy import Policy
 from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
@@ -70,6 +71,11 @@ class RolloutConfig(BaseConfig):
         eval_metrics (`list[str]`, *optional*):
             Metrics of decoded completions against the data set's column `reference` (a text or a list of texts a
             row): "sacrebleu", "rouge", or what `evaluate.load` finds; logged as `eval_<metric>/<score>`.
+        early_stop_on_gap (`float`, *optional*):
+            Stop training when the soft reward is further above the hard one at three logs in a row: soft tokens then
+            score what no text does. For trainers that log `reward/gap`.
+        early_stop_on_judge_drop (`float`, *optional*):
+            Stop training when an evaluation's judge is further below the best one of the run. Needs `eval_strategy`.
         log_completions (`bool`, *optional*, defaults to `False`):
             At every logging step, print a few completions of the last step with their rewards, write all of them to
             `output_dir/completions`, and send them as a table to trackio and wandb where `report_to` names them.
@@ -121,6 +127,12 @@ class RolloutConfig(BaseConfig):
     eval_metrics: list[str] | None = field(
         default=None, metadata={"help": "Metrics against references: sacrebleu, rouge, or names of `evaluate`."}
     )
+    early_stop_on_gap: float | None = field(
+        default=None, metadata={"help": "Stop when the soft reward is further above the hard one at three logs."}
+    )
+    early_stop_on_judge_drop: float | None = field(
+        default=None, metadata={"help": "Stop when the judge of an evaluation is further below the best one."}
+    )
     log_completions: bool = field(
         default=False, metadata={"help": "Print, write and report completions at every logging step."}
     )
@@ -140,6 +152,16 @@ class RolloutConfig(BaseConfig):
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts samples and must be divisible "
                 f"by num_generations={self.num_generations}, so that a prompt's samples stay on one device"
+            )
+        for name in ("early_stop_on_gap", "early_stop_on_judge_drop"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0.0:
+                raise ValueError(
+                    f"{name} must be positive, in units of the reward or the judge; got {getattr(self, name)}"
+                )
+        if self.early_stop_on_judge_drop is not None and self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                f"early_stop_on_judge_drop={self.early_stop_on_judge_drop} looks at evaluations, and there are none; "
+                "set eval_strategy='steps' and eval_steps"
             )
         for name, schedule in self.schedules().items():
             if schedule.is_constant:  # the command line gives numbers as text

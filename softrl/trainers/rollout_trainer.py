@@ -26,8 +26,9 @@ from softrl.rewards.resolve import resolve_rewards
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
 from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
+from softrl.trainers.callbacks import GamingCallback
 from softrl.trainers.completions import CompletionLog
-from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, summary
+from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, repetition, summary
 from softrl.trainers.loading import (
     eos_token_ids,
     load_model,
@@ -113,6 +114,11 @@ class RolloutTrainer(BaseTrainer):
         policy_name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # adapters are initialised at random
         model = with_adapter(load_model(model, args, quantization_config), peft_config)
+        if judge is None and args.early_stop_on_judge_drop is not None:
+            raise ValueError(
+                f"early_stop_on_judge_drop={args.early_stop_on_judge_drop} looks at a judge, and there is none; pass "
+                "judge, a function from a list of texts to a tensor of scores"
+            )
         self.judge = judge
         self.eval_metrics = {name: load_metric(name) for name in args.eval_metrics or []}
         self.policy = args.make_policy(model)
@@ -143,6 +149,8 @@ class RolloutTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.early_stop_on_gap is not None or args.early_stop_on_judge_drop is not None:
+            self.add_callback(GamingCallback(args.early_stop_on_gap, args.early_stop_on_judge_drop))
         self.eos_ids = eos_token_ids(model, processing_class)
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._completions = CompletionLog(step_size)
@@ -262,6 +270,7 @@ class RolloutTrainer(BaseTrainer):
         """
         mask = completions.mask
         values = {**values, "length": mask.sum(-1).float(), "clipped": (~completions.ended).float()}
+        values["repetition"] = repetition(completions.tokens, mask)
         texts = decode(self.processing_class, completions.tokens, mask) if self._texts_wanted else []
         if self.judge is not None:
             values["judge"] = self.judge(texts).to(values["length"])
