@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from softrl.types import SoftTokens
 
 _MAX_PIECES = 8
+_FLOOR = 1e-6  # of a divisor: a slot that is hardly present is hardly read either
 _REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
 
 
@@ -232,9 +233,11 @@ def slots_of(tokens: SoftTokens, alignment: Alignment, behind_word: Bool[Tensor,
     reached = counts[:, step] > place[:, None]  # [N, L, candidates]
     held = weights[:, step] * reached
     presence = held.sum(-1)
+    # Where nothing is present there is nothing to divide: a tiny divisor would make a huge gradient of nothing.
+    divisor = torch.where(presence > 0, presence, torch.ones_like(presence)).clamp(min=_FLOOR)
     return Slots(
         alignment.pieces[rows.expand_as(ids)[:, step], ids[:, step], place[:, None].expand_as(reached)],
-        held / presence.clamp(min=torch.finfo(precise).tiny)[..., None],
+        held / divisor[..., None],
         presence,
         step,
         starts[:, step] + place,

@@ -244,6 +244,39 @@ def test_gradient_against_finite_differences(kind, eos_ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_straight_through_tokens(kind):
+    """One-hot weights in texts of different numbers of pieces: finite, and what moving weight to a candidate does.
+
+    Candidates of more pieces than the chosen one are left out: their further slots are not read where they are absent.
+    """
+    reward, (hard_ids, mask) = reward_of(kind, link="sigmoid"), completions()
+    others = torch.randint(1, V, (*hard_ids.shape, 6), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([hard_ids[..., None], others], -1)
+    weights = torch.zeros(ids.shape, dtype=torch.float64)
+    weights[..., 0] = 1.0
+
+    def value(w):
+        return checked_soft(reward, SoftTokens(ids, w, mask), prompt=PROMPTS)
+
+    leaf = weights.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(value(leaf).sum(), leaf)
+    assert torch.isfinite(grad).all()
+    assert grad.abs().max() < 10.0
+    lengths, step, moved = reward.alignment.lengths.amax(0), 1e-6, 0
+    for row, place, other in [(0, 0, k) for k in range(1, 7)] + [(0, 2, k) for k in range(1, 7)] + [(1, 0, 1)]:
+        if lengths[ids[row, place, other]] > reward.alignment.lengths.amin(0)[ids[row, place, 0]]:
+            continue
+        shifted = weights.clone()
+        shifted[row, place, 0] -= step
+        shifted[row, place, other] += step
+        slope = (value(shifted) - value(weights))[row] / step
+        expected = grad[row, place, other] - grad[row, place, 0]
+        torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-5)
+        moved += 1
+    assert moved > 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_texts_without_a_piece(kind):
     """Every completion ends at once; the prompts are all there is."""
     reward = reward_of(kind)
