@@ -93,7 +93,10 @@ def save_samples(samples: list[Sample], path: Path) -> None:
 def load_samples(path: Path) -> list[Sample]:
     """Read what `save_samples` wrote."""
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return [Sample(**{**row, "tokens": tuple(row["tokens"])}) for row in rows]
+    of_lists = [
+        {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()} for row in rows
+    ]
+    return [Sample(**row) for row in of_lists]
 
 
 def plot_run(log_history: list[dict[str, float]], folder: Path) -> list[Path]:
