@@ -18,10 +18,9 @@ from softrl.rewards.alignment import align, last_present, pieces_of, slots_of, s
 from softrl.rewards.base import one_hot_tokens
 from softrl.rewards.classifier import SoftClassifier
 from softrl.rewards.reward_model import Link, default_name, label_index, linked, load_classifier
-from softrl.rewards.sequences import mixtures, packed
+from softrl.rewards.sequences import log_of_presence, mixtures, packed
 from softrl.types import SoftTokens
 
-_FLOOR = 1e-13  # of a slot's presence: e^-30, what survival is never below either
 _NUM_CHECKED = 6
 
 
@@ -156,7 +155,7 @@ class AlignedClassifierReward(nn.Module):
         behind = torch.cat([mixtures(embedding, slots.ids, slots.weights), embedding(after)], 1)
         written = tokens.survival.to(slots.presence.dtype)[:, slots.step] * slots.presence
         inside = tokens.mask[:, slots.step]
-        log_presence = written.clamp(min=_FLOOR).log().masked_fill(~inside, -torch.inf)
+        log_presence = log_of_presence(written, inside)
         certain = log_presence.new_zeros(after.shape)
         places = torch.cat([slots.position, slots.lengths[:, None] + torch.arange(after.shape[1], device=device)], 1)
         in_order = [torch.arange(len(front), device=device) for front in fronts]

@@ -3,6 +3,7 @@
 The model shares the policy's vocabulary. Left out: models with another one.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,15 +19,13 @@ from softrl.masking import survival_mean, survival_sum
 from softrl.models.policy import Policy, chunk_length, evaluating
 from softrl.rewards.base import one_hot_tokens
 from softrl.rewards.ngrams import Presence
-from softrl.rewards.sequences import attention_bias, mixtures, packed
+from softrl.rewards.sequences import attention_bias, log_of_presence, mixtures, packed
 from softrl.types import Prompts, SoftTokens
 
 Reduction = Literal["mean", "sum"]
 
-_FLOOR = 1e-13  # of a token's presence: e^-30, what survival is never below either
 
-
-class _LikelihoodReward(nn.Module):
+class _LikelihoodReward(nn.Module, ABC):
     """What both have in common: a frozen language model, prompts in front, a mean or a sum over tokens."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, reduction: Reduction) -> None:
@@ -68,8 +67,9 @@ class _LikelihoodReward(nn.Module):
         """Log-likelihoods for token ids, nats."""
         return self.soft(one_hot_tokens(ids, mask), **columns)
 
+    @abstractmethod
     def soft(self, tokens: SoftTokens, **columns: Any) -> Float[Tensor, "N"]:
-        raise NotImplementedError
+        """Log-likelihoods for soft tokens, nats."""
 
     def _prompts(self, columns: dict[str, Any], device: torch.device) -> list[Int[Tensor, "_"]]:
         prompts = columns.get("prompt")
@@ -251,7 +251,7 @@ class TargetLikelihoodReward(_LikelihoodReward):
 
         of_prompts = self.lm.embed(torch.cat(prompts)).split([len(prompt) for prompt in prompts])
         embeds = packed(of_prompts, torch.cat([completions, self.lm.embed(behind)], 1), 0.0)
-        log_there = there.clamp(min=_FLOOR).log().masked_fill(~presence.mask, -torch.inf)
+        log_there = log_of_presence(there, presence.mask)
         seen = torch.cat([log_there, tail.to(there).log()], 1)
         log_presence = packed([there.new_zeros(len(prompt)) for prompt in prompts], seen, -torch.inf)
         lengths = there.detach().masked_fill(~presence.mask, 0.0).sum(-1).round().long()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +17,8 @@ from softrl.tokens.embedding import mixture_embedding
 from softrl.types import SoftTokens
 
 Pooling = Literal["last", "mean"]
+
+_PRESENCE_FLOOR = 1e-13  # e^-30, what survival is never below either
 
 
 def packed(
@@ -99,6 +101,11 @@ def pooling_weights(
         for row, length in zip(last_token_weights(tokens, pad_id), prompt_lengths, strict=True)
     ]
     return pad_sequence(rows, batch_first=True)
+
+
+def log_of_presence(presence: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """What goes on the attention to tokens that are present to a degree: nats, at least −30; −inf outside the mask."""
+    return presence.clamp(min=_PRESENCE_FLOOR).log().masked_fill(~mask, -torch.inf)
 
 
 def attention_bias(log_survival: Float[Tensor, "N S"], causal: bool, dtype: torch.dtype) -> Float[Tensor, "N 1 S S"]:
