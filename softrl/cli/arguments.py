@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 BUILTIN_DATASET = "review-openings"
+_SECTIONS = ("reward_model",)  # of a recipe: keys of other commands than `train`
 TRAINERS = ("soft_rollout", "reinforce", "ppo", "trl_rloo", "trl_grpo")
 
 
@@ -103,14 +104,7 @@ def parse(argv: list[str], prog: str = "softrl train") -> tuple[TrainArguments, 
         ValueError: the recipe does not exist or is not a mapping, or a key is unknown to every trainer (the closest
             one is named), or the trainer is.
     """
-    # TRL's own default trips over a renaming in transformers; nothing that a user of softrl could act on.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    argv = [part for argument in argv for part in _split_equals(argument)]
-    if "--config" in argv:
-        position = argv.index("--config") + 1
-        if position == len(argv):
-            raise ValueError("--config needs the path or the name of a recipe")
-        argv[position] = str(find_recipe(argv[position]))
+    argv = _with_recipe_found(argv)
     trainer = _chosen_trainer(argv)
     parser = make_parser(prog, trainer)
     *parsed, from_recipe, from_command = parser.parse_args_and_config(
@@ -126,6 +120,61 @@ def parse(argv: list[str], prog: str = "softrl train") -> tuple[TrainArguments, 
     if ignored and os.environ.get("RANK", "0") == "0":
         print(f"{prog}: trainer={trainer!r} has no use for {', '.join(dict.fromkeys(ignored))}", flush=True)
     return tuple(parsed)
+
+
+def parse_recipe(classes: tuple[type, ...], argv: list[str], prog: str, section: str, **defaults: Any) -> Any:
+    """Recipe and command line as dataclasses, for commands other than `train`; the latter wins.
+
+    Args:
+        classes: the dataclasses.
+        argv: the command line.
+        prog: the command's name.
+        section: a recipe of several commands has the keys of this one under this key; any other is all its own.
+        defaults: of keys, over the dataclasses'.
+    Raises:
+        ValueError: the recipe does not exist or is not a mapping, or a key is unknown (the closest one is named).
+    """
+    from trl import TrlParser
+
+    argv = _with_recipe_found(argv)
+    parser = TrlParser(classes, prog=prog, allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    known = {action.dest for action in parser._actions}
+    if "--config" in argv:
+        position = argv.index("--config")
+        path = argv[position + 1]
+        recipe = _read(path)
+        recipe = recipe.get(section, recipe)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path}: {section} must be a mapping of keys to values, got {recipe!r}")
+        if unknown := [key for key in recipe if key not in known]:
+            raise ValueError(unknown_key(unknown[0], sorted(known), "recipe"))
+        parser.set_defaults(**recipe)
+        argv = argv[:position] + argv[position + 2 :]
+    *parsed, remaining = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if remaining:
+        raise ValueError(unknown_key(remaining[0].lstrip("-").split("=")[0], sorted(known), "command line"))
+    return tuple(parsed)
+
+
+def _with_recipe_found(argv: list[str]) -> list[str]:
+    """The command line with a recipe's name replaced by its path."""
+    # TRL's own default trips over a renaming in transformers; nothing that a user of softrl could act on.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    argv = [part for argument in argv for part in _split_equals(argument)]
+    if "--config" in argv:
+        position = argv.index("--config") + 1
+        if position == len(argv):
+            raise ValueError("--config needs the path or the name of a recipe")
+        argv[position] = str(find_recipe(argv[position]))
+    return argv
+
+
+def _read(path: str) -> dict[str, Any]:
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {recipe!r}")
+    return recipe
 
 
 def _chosen_trainer(argv: list[str]) -> str:
@@ -144,6 +193,8 @@ def _chosen_trainer(argv: list[str]) -> str:
 def _of_other_trainers(remaining: list[str], source: str, known: set[str], of_others: set[str]) -> Iterator[str]:
     """The keys among what the parser left over; ValueError for one that no trainer has."""
     for key in [text.lstrip("-").split("=")[0] for text in remaining if text.startswith("--")] or remaining:
+        if key in _SECTIONS:
+            continue
         if key not in of_others:
             raise ValueError(unknown_key(key, sorted(known | of_others), source))
         yield key

@@ -7,6 +7,7 @@ policy is trained on; "judge" fits the judge that it is measured by. Each classi
 import csv
 import hashlib
 import html
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from datasets import Dataset
 from softrl import assets
 
 Part = Literal["prompts", "reward", "judge"]
+LabelledText = tuple[str, int]  # 1 favourable, 0 not
 
 IMDB = "imdb"
 ROTTEN_TOMATOES = "rotten_tomatoes"
@@ -49,6 +51,26 @@ def load_reviews(part: Part, csv_path: Path | None = None) -> Dataset:
     rows = [row for row in _cleaned_rows(csv_path or assets.reviews_csv()) if _part_of(row[0], row[2]) == part]
     texts, labels, sources = zip(*rows, strict=True) if rows else ((), (), ())
     return Dataset.from_dict({"text": list(texts), "label": list(labels), "source": list(sources)})
+
+
+def snippets(reviews: Dataset) -> list[LabelledText]:
+    """The texts from Rotten Tomatoes, whole."""
+    return [(row["text"], row["label"]) for row in reviews if row["source"] == ROTTEN_TOMATOES]
+
+
+def pieces(reviews: Dataset, length_words: int) -> list[LabelledText]:
+    """Consecutive pieces of IMDB reviews, each with its review's label; what is left at the end is dropped."""
+    found = []
+    for row in reviews:
+        words = row["text"].split() if row["source"] == IMDB else []
+        for start in range(0, len(words) - length_words + 1, length_words):
+            found.append((" ".join(words[start : start + length_words]), row["label"]))
+    return found
+
+
+def sample(texts: list[LabelledText], size: int) -> list[LabelledText]:
+    """That many of the texts, or all if there are fewer; always the same ones."""
+    return random.Random(0).sample(texts, min(size, len(texts)))
 
 
 def clean(text: str, source: str) -> str:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from softrl.rewards.alignment import align, last_present, pieces_of, slots_of, some_word
 from softrl.rewards.base import one_hot_tokens
 from softrl.rewards.classifier import SoftClassifier
-from softrl.rewards.reward_model import Link, default_name, label_index, linked, load_classifier
+from softrl.rewards.reward_model import Link, default_link, default_name, label_index, linked, load_classifier
 from softrl.rewards.sequences import log_of_presence, mixtures, packed
 from softrl.types import SoftTokens
 
@@ -55,15 +55,16 @@ class AlignedClassifierReward(nn.Module):
         vocab_size: int | None = None,
         name: str | None = None,
         label: int | str | None = None,
-        link: Link = "identity",
+        link: Link | None = None,
         include_prompt: bool = True,
         min_coverage: float = 0.9,
     ) -> None:
         super().__init__()
         self.name = name or default_name(model)
         self.classifier = SoftClassifier(model, self.name)
-        self.index = label_index(self.name, self.classifier.model.config, label, link)
-        self.link: Link = link
+        config = self.classifier.model.config
+        self.link: Link = link or default_link(config)
+        self.index = label_index(self.name, config, label, self.link)
         self.reward_tokenizer = reward_tokenizer
         self.policy_tokenizer = policy_tokenizer
         self.include_prompt = include_prompt

@@ -5,17 +5,15 @@ the last layer, of the one before, of the last two and three; scaled to unit len
 the snippets. Three layers are worth 2 points over one; unit length makes no difference.
 """
 
-import random
 import time
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
-from softrl.data.reviews import IMDB, ROTTEN_TOMATOES, load_reviews, unit_hash
+from softrl.data.reviews import LabelledText, load_reviews, pieces, sample, snippets, unit_hash
 from softrl.rewards.judge import SentenceEncoder, SentimentJudge
 from softrl.rewards.logistic import Linear, Problem, fit_along_path, mean_loss_nats
 
@@ -36,8 +34,6 @@ SETTINGS = {
     "max_iterations": MAX_ITERATIONS,
     "validation_fraction": VALIDATION_FRACTION,
 }
-
-LabelledText = tuple[str, int]
 
 
 def fit(encoder: SentenceEncoder) -> tuple[SentimentJudge, dict[str, Any]]:
@@ -88,26 +84,6 @@ def fit_features(features: Float[Tensor, "n D"], texts: list[LabelledText]) -> L
     best = fit_along_path(problem, PENALTIES, validation_loss, MAX_ITERATIONS, "fitting the judge")
     weight = best.weight / deviation
     return Linear(weight, best.bias - weight @ mean, best.penalty, best.validation_loss_nats)
-
-
-def snippets(reviews: Dataset) -> list[LabelledText]:
-    """The texts from Rotten Tomatoes, whole."""
-    return [(row["text"], row["label"]) for row in reviews if row["source"] == ROTTEN_TOMATOES]
-
-
-def pieces(reviews: Dataset, length_words: int) -> list[LabelledText]:
-    """Consecutive pieces of IMDB reviews, each with its review's label; what is left at the end is dropped."""
-    found = []
-    for row in reviews:
-        words = row["text"].split() if row["source"] == IMDB else []
-        for start in range(0, len(words) - length_words + 1, length_words):
-            found.append((" ".join(words[start : start + length_words]), row["label"]))
-    return found
-
-
-def sample(texts: list[LabelledText], size: int) -> list[LabelledText]:
-    """That many of the texts, or all if there are fewer; always the same ones."""
-    return random.Random(0).sample(texts, min(size, len(texts)))
 
 
 def accuracy(judge: SentimentJudge, texts: list[LabelledText]) -> float:

@@ -33,8 +33,9 @@ class SequenceClassifierReward(nn.Module):
         tokenizer: the policy's, for the prompts; not needed without them.
         name: what logs call it; default: the model's.
         label: which logit, by index or by its name in the model's `label2id`; not needed where there is only one.
-        link: "identity" takes the logit; "sigmoid" its logistic function; "softmax" and "log_softmax" (in nats) the
-            probability of the label among all.
+        link: "identity" takes the logit; "sigmoid" its logistic function, the default where the model says that its
+            labels are separate questions (`problem_type="multi_label_classification"`); "softmax" and "log_softmax"
+            (in nats) the probability of the label among all.
         pooling: "last" (the default) or "mean", over prompt and completion, for models that pool the last token;
             those that pool the first one (BERT) keep their own way.
         include_prompt: put the `prompt` column (text or conversation) in front of the completion.
@@ -50,7 +51,7 @@ class SequenceClassifierReward(nn.Module):
         *,
         name: str | None = None,
         label: int | str | None = None,
-        link: Link = "identity",
+        link: Link | None = None,
         pooling: Pooling | None = None,
         include_prompt: bool = True,
     ) -> None:
@@ -63,8 +64,9 @@ class SequenceClassifierReward(nn.Module):
             )
         self.classifier = SoftClassifier(model, self.name)
         self.vocab_size: int | None = self.classifier.vocab_size
-        self.index = label_index(self.name, self.classifier.model.config, label, link)
-        self.link = link
+        config = self.classifier.model.config
+        self.link = link or default_link(config)
+        self.index = label_index(self.name, config, label, self.link)
         self.pooling = checked_pooling(self.name, pooling, self.classifier.pools_last)
         self.tokenizer = tokenizer
         self.include_prompt = include_prompt
@@ -77,7 +79,7 @@ class SequenceClassifierReward(nn.Module):
         *,
         name: str | None = None,
         label: int | str | None = None,
-        link: Link = "identity",
+        link: Link | None = None,
         pooling: Pooling | None = None,
         include_prompt: bool = True,
         **model_kwargs: Any,
@@ -168,6 +170,11 @@ def _other_ids(name: str, tokenizer: PreTrainedTokenizerBase, revision: str | No
 def default_name(model: Any) -> str:
     """What logs call a model: the last part of the hub name or folder that it came from, else its class."""
     return Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__
+
+
+def default_link(config: Any) -> Link:
+    """What makes a reward of the logits, as transformers' own pipeline does it; "identity" for a reward model."""
+    return "sigmoid" if config.problem_type == "multi_label_classification" else "identity"
 
 
 def linked(logits: Float[Tensor, "N C"], index: int, link: Link) -> Float[Tensor, "N"]:

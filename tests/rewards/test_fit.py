@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from softrl import assets
-from softrl.data.reviews import load_reviews
+from softrl.data.reviews import load_reviews, pieces, sample
 from softrl.rewards import fit, fit_judge, fit_reward
 from softrl.rewards.fit_reward import Pieces, TokenisedReviews, cut
 from softrl.rewards.judge import SentenceEncoder
@@ -186,12 +186,12 @@ def test_the_judge_is_fitted_on_the_other_part_and_cached(cached_corpus, monkeyp
 
 def test_pieces_and_samples_of_texts(cached_corpus):
     reviews = load_reviews("judge")
-    pieces = fit_judge.pieces(reviews, 32)
+    cut = pieces(reviews, 32)
     imdb = [text for text, source in zip(reviews["text"], reviews["source"], strict=True) if source == "imdb"]
-    assert len(pieces) == 2 * len(imdb)  # 70 words
-    assert {len(text.split()) for text, _ in pieces} == {32}
-    assert all(("good" in text) == (label == 1) for text, label in pieces)
-    drawn = fit_judge.sample(pieces, 10)
+    assert len(cut) == 2 * len(imdb)  # 70 words
+    assert {len(text.split()) for text, _ in cut} == {32}
+    assert all(("good" in text) == (label == 1) for text, label in cut)
+    drawn = sample(cut, 10)
     assert len(set(drawn)) == 10
-    assert drawn == fit_judge.sample(pieces, 10)
-    assert sorted(fit_judge.sample(pieces, 10**6)) == sorted(pieces)
+    assert drawn == sample(cut, 10)
+    assert sorted(sample(cut, 10**6)) == sorted(cut)
