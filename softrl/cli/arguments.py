@@ -34,8 +34,8 @@ class TrainArguments:
             folder), or a dotted path to a reward, to a differentiable function of soft tokens, or to what makes one.
             Trainers that do not differentiate rewards take TRL's functions of texts as well.
         judge (`str`, *optional*, defaults to `"sentiment"`):
-            `"sentiment"` (MiniLM, fitted on other reviews than the reward), `"none"`, or a dotted path to a function
-            from a list of texts to a tensor of scores.
+            `"sentiment"` (MiniLM, fitted on other reviews than the reward), `"token_linear"` (where MiniLM is the
+            reward), `"none"`, or a dotted path to a function from a list of texts to a tensor of scores.
         dataset_name (`str`, *optional*, defaults to `"review-openings"`):
             `"review-openings"` (embedded), a hub name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
             .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
@@ -59,7 +59,7 @@ class TrainArguments:
         default_factory=lambda: ["sentiment"],
         metadata={"help": "'sentiment', 'bleu', 'rougeL', a saved reward, a classifier's name, or a dotted path."},
     )
-    judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'none' or a dotted path."})
+    judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'token_linear', 'none' or a dotted path."})
     dataset_name: str = field(
         default=BUILTIN_DATASET, metadata={"help": "'review-openings', a hub name, a local folder or a file."}
     )

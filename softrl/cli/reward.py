@@ -1,4 +1,4 @@
-"""`softrl reward fit`: fit a reward model on labelled texts or on preference pairs, measure it, save it with a card."""
+"""`softrl reward fit`: a reward model from labelled texts or preference pairs, measured and saved with a card."""
 
 import sys
 from dataclasses import dataclass, field

@@ -154,8 +154,14 @@ def load_judge(text: str) -> Any:
         from softrl.rewards.fit import sentiment_judge
 
         return sentiment_judge().score
+    if text == "token_linear":
+        from softrl.rewards.fit import token_linear_judge
+
+        return token_linear_judge()
     if "." not in text:
-        raise ValueError(f"judge: {text!r} is neither 'sentiment', 'none', nor a dotted path to a function")
+        raise ValueError(
+            f"judge: {text!r} is neither 'sentiment', 'token_linear', 'none', nor a dotted path to a function"
+        )
     from softrl.rewards.resolve import imported
 
     return imported(text, "judge")

@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ def review_openings(
     split: Split = "train",
     seed: int = 0,
     csv_path: Path | None = None,
+    reference_length_tokens: int = 0,
 ) -> Dataset:
     """The first tokens of IMDB reviews, as text, in a random order.
 
@@ -59,41 +60,68 @@ def review_openings(
         split: "train" or "test"; a fifth of the reviews is for testing.
         seed: of the order; fewer prompts of the same seed are the first of more.
         csv_path: another corpus in the format of `load_reviews`.
+        reference_length_tokens: where it is positive, reviews that go on for so long have that as their reference,
+            and others are left out.
     Returns:
-        One column `prompt`: text that the tokenizer turns back into exactly `prompt_length_tokens` ids (special
-        tokens that it may add in front not counted).
+        A column `prompt`: text that the tokenizer turns back into exactly `prompt_length_tokens` ids (special
+        tokens that it may add in front not counted); and, if asked for, a column `reference`, likewise.
     Raises:
         ValueError: a number out of range, an unknown split, or more prompts than there are.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", got {split!r}')
-    if prompt_length_tokens < 1 or num_prompts < 1:
-        raise ValueError(
-            f"num_prompts and prompt_length_tokens must be 1 or more, got {num_prompts} and {prompt_length_tokens}"
-        )
+    if prompt_length_tokens < 1:
+        raise ValueError(f"prompt_length_tokens must be 1 or more, got {prompt_length_tokens}")
     texts = load_reviews("prompts", csv_path)["text"]
-    test = [text for text in texts if unit_hash(text, "test") < _TEST_FRACTION]
-    train = [text for text in texts if unit_hash(text, "test") >= _TEST_FRACTION]
-    openings = _openings(tokenizer, test, prompt_length_tokens)
+    test = [text for text in texts if split_of(text) == "test"]
+    train = [text for text in texts if split_of(text) == "train"]
+    lengths = (prompt_length_tokens, reference_length_tokens)
+    openings = _openings(tokenizer, test, *lengths)
     if split == "train":
-        in_test = set(openings)
-        openings = [text for text in _openings(tokenizer, train, prompt_length_tokens) if text not in in_test]
-    if num_prompts > len(openings):
-        raise ValueError(
-            f"num_prompts={num_prompts}, but the {split} split has {len(openings)} different openings of "
-            f"{prompt_length_tokens} tokens; ask for at most that many"
-        )
+        in_test = {opening for opening, _ in openings}
+        openings = [each for each in _openings(tokenizer, train, *lengths) if each[0] not in in_test]
+    check_count(num_prompts, len(openings), split, f"different openings of {prompt_length_tokens} tokens")
     random.Random(seed).shuffle(openings)
-    return Dataset.from_dict({"prompt": openings[:num_prompts]})
+    columns = {"prompt": [opening for opening, _ in openings[:num_prompts]]}
+    if reference_length_tokens:
+        columns["reference"] = [going_on for _, going_on in openings[:num_prompts]]
+    return Dataset.from_dict(columns)
 
 
-def _openings(tokenizer: PreTrainedTokenizerBase, texts: list[str], length_tokens: int) -> list[str]:
-    """Different openings of that many tokens that survive decoding and tokenising again."""
+def split_of(text: str) -> Split:
+    """Whether a text is for training or for testing; a fifth is for testing, on every machine the same."""
+    return "test" if unit_hash(text, "test") < _TEST_FRACTION else "train"
+
+
+def check_count(wanted: int, found: int, split: Split, what: str) -> None:
+    """Raise a ValueError for an unknown split, no prompts, or more of them than were found."""
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}")
+    if wanted < 1:
+        raise ValueError(f"num_prompts must be 1 or more, got {wanted}")
+    if wanted > found:
+        raise ValueError(f"num_prompts={wanted}, but the {split} split has {found} {what}; ask for at most that many")
+
+
+def _openings(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], length_tokens: int, reference_length_tokens: int
+) -> list[tuple[str, str]]:
+    """Different openings of that many tokens that survive decoding and tokenising again, and how each goes on."""
     if not texts:
         return []
-    cut = [ids[:length_tokens] for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
-    cut = [ids for ids in cut if len(ids) == length_tokens]
-    openings = tokenizer.batch_decode(cut, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    again = tokenizer(openings, add_special_tokens=False).input_ids if openings else []
-    kept = [text for text, ids, same in zip(openings, cut, again, strict=True) if ids == same]
-    return list(dict.fromkeys(kept))
+    total = length_tokens + reference_length_tokens
+    whole = [ids for ids in tokenizer(list(texts), add_special_tokens=False).input_ids if len(ids) >= total]
+    openings = _surviving(tokenizer, [ids[:length_tokens] for ids in whole])
+    references: list[str | None] = [""] * len(openings)
+    if reference_length_tokens:
+        references = _surviving(tokenizer, [ids[length_tokens:total] for ids in whole])
+    pairs = zip(openings, references, strict=True)
+    kept = {opening: reference for opening, reference in pairs if opening is not None and reference is not None}
+    return list(kept.items())
+
+
+def _surviving(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str | None]:
+    """Token ids as texts; None for those that do not survive decoding and tokenising again."""
+    if not rows:
+        return []
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    again = tokenizer(texts, add_special_tokens=False).input_ids
+    return [text if ids == same else None for text, ids, same in zip(texts, rows, again, strict=True)]

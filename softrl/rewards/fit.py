@@ -8,10 +8,14 @@ does on the other part.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from softrl import assets
@@ -96,6 +100,26 @@ def sentiment_judge(*, device: str | torch.device = "cpu", rebuild: bool = False
 
     fitted = assets.cached_folder(JUDGE_NAME, inputs, build, needs_mb=10, rebuild=rebuild)
     return SentimentJudge.load(fitted / _JUDGE_FILE, encoder)
+
+
+def token_linear_judge() -> Callable[[list[str]], Float[Tensor, "N"]]:
+    """The token-linear sentiment classifier of SmolLM2's tokens as a judge of texts, for policies trained on another.
+
+    Returns:
+        A function from N texts to probabilities of favourable, in (0, 1); an empty text scores its bias.
+    Raises:
+        AssetError: something cannot be fetched or written.
+    """
+    path = assets.language_model()
+    tokenizer, classifier = AutoTokenizer.from_pretrained(path), sentiment_reward(path)
+
+    def score(texts: list[str]) -> Float[Tensor, "N"]:
+        rows = tokenizer(texts, add_special_tokens=False).input_ids
+        ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+        return classifier.hard(ids, mask)
+
+    return score
 
 
 def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:

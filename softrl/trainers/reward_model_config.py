@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from trl import RewardConfig
+
+from softrl.trainers.precision import bf16_by_default
 
 
 @dataclass
@@ -40,7 +41,5 @@ class RewardModelConfig(RewardConfig):
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = (
-                not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
+            self.bf16 = bf16_by_default(self)
         super().__post_init__()

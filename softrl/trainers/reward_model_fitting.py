@@ -177,8 +177,8 @@ def check_output_dir(folder: str | Path) -> None:
     inside = [each.name for each in path.iterdir()] if path.is_dir() else []
     if inside and not any(name.startswith(_OURS) for name in inside):
         raise ValueError(
-            f"output_dir={str(folder)!r} holds something else than a reward model ({sorted(inside)[0]}, ...) and would "
-            "be replaced; name another folder"
+            f"output_dir={str(folder)!r} holds something else than a reward model ({sorted(inside)[0]}, ...) and "
+            "would be replaced; name another folder"
         )
 
 
@@ -308,7 +308,7 @@ def _model_card(fitted: FittedRewardModel, name: str) -> str:
     )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\ntags: [softrl, reward-model]\n---\n\n"
-        f"# {name}\n\nA reward model, fitted by `softrl reward fit`; one logit, divided by its temperature already.\n\n"
+        f"# {name}\n\nA reward model, fitted by `softrl reward fit`. Its logit is calibrated: the temperature is in it.\n\n"
         "| held out | number | accuracy | calibration error | Brier score | NLL, nats |\n|---|---|---|---|---|---|\n"
         f"{rows}\n\n![Reliability](reliability.png)\n\n{facts}\n\n"
         f'As a reward: `softrl train --reward_funcs {name}`, or `reward_funcs=["{name}"]`.\n'

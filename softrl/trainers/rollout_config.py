@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
@@ -13,6 +12,7 @@ from softrl.models.policy import Policy
 from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import BaseConfig
+from softrl.trainers.precision import bf16_by_default
 
 
 @dataclass
@@ -140,9 +140,7 @@ class RolloutConfig(BaseConfig):
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = (
-                not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
+            self.bf16 = bf16_by_default(self)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()

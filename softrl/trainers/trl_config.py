@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from trl import GRPOConfig, RLOOConfig
+
+from softrl.trainers.precision import bf16_by_default
 
 
 @dataclass
@@ -24,9 +25,7 @@ class _OurDefaults:
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = (
-                not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
+            self.bf16 = bf16_by_default(self)
         if self.min_p == 0.0:
             self.min_p = None
         super().__post_init__()
