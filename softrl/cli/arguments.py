@@ -11,14 +11,53 @@ from typing import Any
 import yaml
 
 BUILTIN_DATASET = "review-openings"
-_SECTIONS = ("reward_model",)  # of a recipe: keys of other commands than `train`
+KEYWORDS_DATASET = "review-keywords"
+_SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
 TRAINERS = ("soft_rollout", "reinforce", "ppo", "trl_rloo", "trl_grpo")
 
 
 @dataclass
-class TrainArguments:
+class DataArguments:
     """
-    Arguments of `softrl train` that are neither the trainer's nor the model's.
+    Where prompts come from.
+
+    Args:
+        dataset_name (`str`, *optional*, defaults to `"review-openings"`):
+            `"review-openings"` or `"review-keywords"` (sentences to be written from their keywords, embedded), a hub
+            name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
+            .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
+            tokenizer's chat template (a text file has one prompt a line). Rewards and metrics that compare need a
+            column `reference`: a text, or a list of texts, as it would follow the prompt, its leading space included.
+        dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
+            Splits of a hub data set or folder.
+        num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
+            How many prompts to use at most; of embedded ones exactly so many.
+        prompt_length_tokens (`int`, *optional*, defaults to `8`):
+            Length of `review-openings` in tokens.
+        reference_length_tokens (`int`, *optional*, defaults to `0`):
+            Give `review-openings` so many of the tokens that follow as references; 0 for none. Those of
+            `review-keywords` are whole sentences of at most so many tokens, 24 for 0.
+        prompt_prefix (`str`, *optional*, defaults to `""`):
+            Text put before every prompt that is text; an error for conversations.
+    """
+
+    dataset_name: str = field(
+        default=BUILTIN_DATASET,
+        metadata={"help": "'review-openings', 'review-keywords', a hub name, a folder or a file."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    num_train_prompts: int = field(default=1024, metadata={"help": "Prompts to train on, at most."})
+    num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts, at most."})
+    prompt_length_tokens: int = field(default=8, metadata={"help": "Length of 'review-openings' in tokens."})
+    reference_length_tokens: int = field(default=0, metadata={"help": "Length of embedded references in tokens."})
+    prompt_prefix: str = field(default="", metadata={"help": "Text put before every prompt."})
+
+
+@dataclass
+class TrainArguments(DataArguments):
+    """
+    Arguments of `softrl train` that are neither the trainer's nor the model's, beside those of its data.
 
     Args:
         trainer (`str`, *optional*, defaults to `"soft_rollout"`):
@@ -36,19 +75,6 @@ class TrainArguments:
         judge (`str`, *optional*, defaults to `"sentiment"`):
             `"sentiment"` (MiniLM, fitted on other reviews than the reward), `"token_linear"` (where MiniLM is the
             reward), `"none"`, or a dotted path to a function from a list of texts to a tensor of scores.
-        dataset_name (`str`, *optional*, defaults to `"review-openings"`):
-            `"review-openings"` (embedded), a hub name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
-            .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
-            tokenizer's chat template (a text file has one prompt a line). Rewards and metrics that compare need a
-            column `reference`: a text, or a list of texts, as it would follow the prompt, its leading space included.
-        dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
-            Splits of a hub data set or folder.
-        num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
-            How many prompts to use at most; of `review-openings` exactly so many.
-        prompt_length_tokens (`int`, *optional*, defaults to `8`):
-            Length of `review-openings` in tokens.
-        prompt_prefix (`str`, *optional*, defaults to `""`):
-            Text put before every prompt that is text; an error for conversations.
     """
 
     trainer: str = field(default=TRAINERS[0], metadata={"help": "Trainer.", "choices": list(TRAINERS)})
@@ -60,15 +86,6 @@ class TrainArguments:
         metadata={"help": "'sentiment', 'bleu', 'rougeL', a saved reward, a classifier's name, or a dotted path."},
     )
     judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'token_linear', 'none' or a dotted path."})
-    dataset_name: str = field(
-        default=BUILTIN_DATASET, metadata={"help": "'review-openings', a hub name, a local folder or a file."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    num_train_prompts: int = field(default=1024, metadata={"help": "Prompts to train on, at most."})
-    num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts, at most."})
-    prompt_length_tokens: int = field(default=8, metadata={"help": "Length of 'review-openings' in tokens."})
-    prompt_prefix: str = field(default="", metadata={"help": "Text put before every prompt."})
 
 
 def config_class(trainer: str) -> type:

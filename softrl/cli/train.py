@@ -4,7 +4,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from softrl.cli.arguments import BUILTIN_DATASET, TrainArguments, find_recipe, make_parser, parse, unknown_key
+from softrl.cli.arguments import (
+    BUILTIN_DATASET,
+    KEYWORDS_DATASET,
+    DataArguments,
+    TrainArguments,
+    find_recipe,
+    make_parser,
+    parse,
+    unknown_key,
+)
 
 __all__ = [
     "build_trainer",
@@ -79,7 +88,7 @@ def _trl_trainer(arguments: TrainArguments, settings: dict[str, Any]) -> Any:
     return trainer_class(reward_funcs=[as_trl(reward, tokenizer) for reward in rewards], **settings)
 
 
-def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
+def load_prompts(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
     """Training and held-out prompts, with the prefix in front.
 
     Raises:
@@ -94,7 +103,8 @@ def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
         train, test = _load_splits(arguments, tokenizer)
     except (DatasetsError, OSError) as error:
         raise ValueError(
-            f"dataset_name={name!r} cannot be read ({error.__cause__ or error}); pass {BUILTIN_DATASET!r}, a hub "
+            f"dataset_name={name!r} cannot be read ({error.__cause__ or error}); pass {BUILTIN_DATASET!r}, "
+            f"{KEYWORDS_DATASET!r}, a hub "
             "name, a folder saved by save_to_disk, or a .json, .jsonl, .csv, .parquet or .txt file"
         ) from error
     prefix = arguments.prompt_prefix
@@ -112,18 +122,26 @@ def load_prompts(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
     return train.map(prefixed), test.map(prefixed)
 
 
-def _load_splits(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
+def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
     import datasets
 
     name = arguments.dataset_name
+    counts: dict[Any, int] = {"train": arguments.num_train_prompts, "test": arguments.num_eval_prompts}
     if name == BUILTIN_DATASET:
         from softrl.data.prompts import review_openings
 
-        length = arguments.prompt_length_tokens
-        return (
-            review_openings(tokenizer, arguments.num_train_prompts, length, "train"),
-            review_openings(tokenizer, arguments.num_eval_prompts, length, "test"),
-        )
+        lengths = {
+            "prompt_length_tokens": arguments.prompt_length_tokens,
+            "reference_length_tokens": arguments.reference_length_tokens,
+        }
+        train, test = (review_openings(tokenizer, count, split=split, **lengths) for split, count in counts.items())
+        return train, test
+    if name == KEYWORDS_DATASET:
+        from softrl.data.keywords import review_keywords
+
+        longest = arguments.reference_length_tokens or 24
+        train, test = (review_keywords(tokenizer, count, longest, split) for split, count in counts.items())
+        return train, test
     suffix = Path(name).suffix.lstrip(".")
     if Path(name).is_file():
         builder = {"jsonl": "json", "txt": "text"}.get(suffix, suffix)

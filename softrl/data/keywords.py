@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from softrl.data.prompts import Split, check_count, split_of
 from softrl.data.reviews import load_reviews, snippets
 
-_SMALL_WORDS = frozenset(
-    "a about all an and any are as at be been but by can do does for from had has have he her him his i if in into is "
-    "it its just more most no not of on one or our out own she so some such than that the their them then there these "
-    "they this those to too up was we were what when where which who will with would you your".split()
-)
+_SMALL_WORDS = """
+a about all an and any are as at be been but by can do does for from had has have he her him his i if in into is it its
+just more most no not of on one or our out own she so some such than that the their them then there these they this
+those to too up was we were what when where which who will with would you your
+"""
 _MIN_KEYWORDS = 3
 
 
@@ -66,5 +66,6 @@ def prompt_of(sentence: str) -> str:
 
 def keywords(sentence: str) -> list[str]:
     """The different words of a sentence that are not mere grammar, in lower case, in order."""
+    small = _SMALL_WORDS.split()
     words = (word.strip(".,;:!?\"'()[]-").lower() for word in sentence.split())
-    return list(dict.fromkeys(word for word in words if word and word not in _SMALL_WORDS))
+    return list(dict.fromkeys(word for word in words if word and word not in small))

@@ -18,7 +18,7 @@ from softrl.rewards.resolve import resolve_rewards
 from softrl.studies.compare_config import Run
 from softrl.tokens.truncation import Truncation
 from softrl.trainers import PPOConfig, ReinforceConfig, RolloutConfig
-from softrl.trainers.evaluation import Judge, Sample, evaluate_policy, summary
+from softrl.trainers.evaluation import Judge, Sample, evaluate_policy, metrics_of_texts, summary
 
 Record = dict[str, Any]
 _LOGGED = ("reward", "kl", "loss", "grad_norm", "step_time")
@@ -135,7 +135,9 @@ def measured(
         samples[:] = evaluator.samples() if step else start()
         drawn = cycle.samples_after(step)
         counts = {"step": step, "samples": drawn, "reward_calls": drawn * _calls_a_sample(args)}
-        points.append({**counts, "seconds": seconds, "evaluation_seconds": _now() - begun, **_point(samples)})
+        scores = metrics_of_texts(evaluator.metrics, samples)
+        spent = {"seconds": seconds, "evaluation_seconds": _now() - begun}
+        points.append({**counts, **spent, **_point(samples), **scores})
         on_point(points[-1], cycle)
 
     every = cycle.steps_for(run.evaluate_every_samples, "evaluate_every_samples")
@@ -165,6 +167,7 @@ class PolicyEvaluator:
     def __init__(self, trainer: Any, arguments: Any, model_args: Any, judge: Judge | None):
         self.trainer, self.judge = trainer, judge
         args = trainer.args
+        self.metrics = getattr(trainer, "eval_metrics", {})  # TRL's trainers have none
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.policy = Policy(self.model, args.temperature)
         if isinstance(self.model, PeftModel):

@@ -308,7 +308,7 @@ def _model_card(fitted: FittedRewardModel, name: str) -> str:
     )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\ntags: [softrl, reward-model]\n---\n\n"
-        f"# {name}\n\nA reward model, fitted by `softrl reward fit`. Its logit is calibrated: the temperature is in it.\n\n"
+        f"# {name}\n\nA reward model, fitted by `softrl reward fit`. Its temperature is in its logit.\n\n"
         "| held out | number | accuracy | calibration error | Brier score | NLL, nats |\n|---|---|---|---|---|---|\n"
         f"{rows}\n\n![Reliability](reliability.png)\n\n{facts}\n\n"
         f'As a reward: `softrl train --reward_funcs {name}`, or `reward_funcs=["{name}"]`.\n'
