@@ -248,8 +248,8 @@ class AlignedReward(nn.Module, ABC):
                         return
         raise TypeError(
             f"reward {self.name!r} ({type(self.network.model).__name__}) does not read aligned tokens as it reads "
-            "their pieces: it takes no position ids, or counts them in another way than BERT and RoBERTa, or is a "
-            "decoder where an encoder is asked for; use another reward model"
+            "their pieces: it takes no position ids, or counts them in another way than BERT and RoBERTa; use another "
+            "reward model"
         )
 
 
