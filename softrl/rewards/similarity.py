@@ -3,7 +3,8 @@
 The encoder reads the completion through an alignment of vocabularies (`aligned.py`) and the reference as the text
 that it is. A reward of this kind can be gamed by texts that only the encoder takes for similar: watch the decoded
 face, and a metric of another kind (`overlap_metrics.py`).
-Left out: encoders that pool their first or last token, layers behind the pooling, encoder-decoders.
+Left out: encoders that pool their first or last token, layers behind the pooling, relative positions that ignore
+position ids (MPNet), encoder-decoders.
 """
 
 from pathlib import Path
@@ -31,18 +32,44 @@ class SoftEncoder(SoftReader):
         model: an encoder of transformers, or a PEFT model around one; frozen and put into evaluation mode, in place.
         name: what errors call it.
     Raises:
-        TypeError: the model cannot be fed with embeddings, or is a decoder.
+        TypeError: the model cannot be fed with embeddings, is a decoder, or counts places instead of positions.
+        ValueError: its attention takes no bias.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__(model, name)
-        with torch.no_grad():
-            first = self.model(torch.tensor([[2, 3], [2, 4]], device=self.model.device)).last_hidden_state[:, 0]
-        if torch.equal(first[0], first[1]):
+        if self._hides_what_comes_after():
             raise TypeError(
                 f"{self._described} hides from tokens what comes after them: it is a decoder, and the mean over its "
                 "tokens is no sentence embedding; use an encoder trained with mean pooling, such as 'minilm-l6'"
             )
+        if self.takes_positions and self._sees_gaps():
+            raise TypeError(
+                f"{self._described} counts how many places are between two tokens, also those where nothing is, "
+                "instead of reading position ids (relative positions, as in MPNet); use a relative of BERT, RoBERTa "
+                "or ModernBERT, such as 'minilm-l6'"
+            )
+
+    @torch.no_grad()
+    def _hides_what_comes_after(self) -> bool:
+        states = self.model(torch.tensor([[2, 3], [2, 4]], device=self.model.device)).last_hidden_state[:, 0]
+        return torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-6)
+
+    @torch.no_grad()
+    def _sees_gaps(self) -> bool:
+        """Whether hidden places between tokens matter, at the same position ids."""
+        ids = torch.tensor([[2, 3, 4]], device=self.model.device)
+        embeds, there = self.model.get_input_embeddings()(ids), torch.ones_like(ids).float()
+
+        def with_gap(values: Tensor) -> Tensor:
+            gap = torch.zeros_like(values[:, :1]).repeat_interleave(8, 1)
+            return torch.cat([values[:, :2], gap, values[:, 2:]], 1)
+
+        with self._own_precision():
+            dense = self.read(embeds, there.log(), there, ids)
+            loose = self.read(with_gap(embeds), with_gap(there).log(), with_gap(there), with_gap(ids))
+        precise = self.model.dtype in (torch.float32, torch.float64)
+        return bool((dense - loose).norm() > (1e-4 if precise else 3e-2) * dense.norm())
 
     def _outputs(
         self,
@@ -66,8 +93,8 @@ class EmbeddingSimilarityReward(AlignedReward):
     embedding: its reward is 0, and the cosine is multiplied by the probability that there is any token.
 
     The three faces `soft`, `hard` and `hard_decoded` are those of `AlignedReward`; trainers log the last one as
-    `rewards/<name>_decoded`. With the policy's own tokenizer the alignment is the identity, but for special tokens,
-    which are not read.
+    `rewards/<name>_decoded`. With the policy's own tokenizer the alignment is the identity, but for special tokens and
+    parts of characters, which are not read.
 
     Args:
         model: an encoder of transformers (`AutoModel`), or a PEFT model around one, that was trained with mean
@@ -80,7 +107,7 @@ class EmbeddingSimilarityReward(AlignedReward):
         include_prompt: put the prompt in front of the completion, not of the reference.
         min_coverage: the least share of the policy's tokens that must keep their text.
     Raises:
-        ValueError: too little coverage.
+        ValueError: too little coverage, or a model whose attention takes no bias.
         TypeError: a model that soft tokens cannot be fed to at given positions, or a decoder.
     Source: mean pooling and cosine: N. Reimers, I. Gurevych (2019), "Sentence-BERT", arXiv:1908.10084; of soft
         tokens: ours.

@@ -10,6 +10,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaModel,
+    MPNetConfig,
+    MPNetModel,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -260,10 +262,14 @@ def test_completions_that_cannot_be_read():
         reward_of("bert", min_coverage=0.99)
 
 
-def test_networks_that_are_no_encoders():
+def test_networks_that_are_no_encoders_or_count_positions_otherwise():
+    """MPNet's attention sees how many places are between two tokens, also those where nothing is."""
     config = LlamaConfig(vocab_size=len(BYTES), num_key_value_heads=4, max_position_embeddings=60, **SIZES)
     with pytest.raises(TypeError, match=r"'similarity' \(LlamaModel\) hides from tokens what comes after them"):
         EmbeddingSimilarityReward(drawn(LlamaModel, config).double(), BYTES, POLICY, min_coverage=0.2)
+    config = MPNetConfig(vocab_size=len(BERT_LIKE), max_position_embeddings=60, **SIZES)
+    with pytest.raises(TypeError, match=r"\(MPNetModel\) counts how many places are between two tokens"):
+        EmbeddingSimilarityReward(drawn(MPNetModel, config), BERT_LIKE, POLICY, min_coverage=0.2)
     config = T5Config(vocab_size=len(BYTES), d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
     with pytest.raises(TypeError, match="T5EncoderModel"):
         EmbeddingSimilarityReward(drawn(T5EncoderModel, config), BYTES, POLICY, min_coverage=0.2)
