@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -36,6 +37,7 @@ from softrl.rewards.likelihood import LikelihoodReward, TargetLikelihoodReward
 from softrl.rewards.overlap import BleuReward, RougeReward
 from softrl.rewards.repetition import RepetitionPenalty
 from softrl.rewards.reward_model import SequenceClassifierReward
+from softrl.rewards.similarity import EmbeddingSimilarityReward
 from softrl.rewards.token_linear import TokenLinearReward
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import RELAXATIONS, Relaxation
@@ -192,20 +194,35 @@ def _likelihood(reward: type, **settings: Any) -> LikelihoodReward | TargetLikel
     return reward(gpt2(seed=3), word_tokenizer(), **settings)
 
 
-def _aligned_classifier() -> AlignedClassifierReward:
-    """A BERT whose tokenizer cuts the policy's word "w12" into "w", "##1" and "##2"."""
-    from trainers.tiny import word_tokenizer
-
+def _word_pieces() -> PreTrainedTokenizerFast:
+    """Cuts the policy's word "w12" into "w", "##1" and "##2", and puts nothing around a text."""
     pieces = {"[PAD]": 0, "[UNK]": 1, "w": 2, **{f"##{digit}": 3 + digit for digit in range(10)}}
     backend = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def _bert(model_class: type, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
     config = BertConfig(
-        vocab_size=len(pieces), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
         num_labels=1, max_position_embeddings=64,
     )  # fmt: skip
-    model = _redraw(BertForSequenceClassification(config), 9, 0.6)
+    return _redraw(model_class(config), 9, 0.6)
+
+
+def _aligned_classifier() -> AlignedClassifierReward:
+    from trainers.tiny import word_tokenizer
+
+    tokenizer = _word_pieces()
+    model = _bert(BertForSequenceClassification, tokenizer)
     return AlignedClassifierReward(model, tokenizer, word_tokenizer(), name="aligned")
+
+
+def _similarity() -> EmbeddingSimilarityReward:
+    from trainers.tiny import word_tokenizer
+
+    tokenizer = _word_pieces()
+    return EmbeddingSimilarityReward(_bert(BertModel, tokenizer), tokenizer, word_tokenizer(), column="target")
 
 
 def reward_columns(num_rows: int) -> dict[str, list]:
@@ -236,13 +253,14 @@ ALL_REWARDS = {
     "likelihood": lambda: _likelihood(LikelihoodReward),
     "target likelihood": lambda: _likelihood(TargetLikelihoodReward, baseline=True, separator="w20"),
     "aligned classifier": _aligned_classifier,
+    "similarity": _similarity,
     "length": LengthReward,
     "length, target": lambda: LengthReward(target=3.5, scale=2.0),
 }
 # These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
 REWARDS_OF_FEW_WEIGHTS = (
-    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "length",
-    "length, target",
+    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "similarity",
+    "length", "length, target",
 )  # fmt: skip
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")
 

@@ -69,6 +69,7 @@ class TrainArguments(DataArguments):
         reward_funcs (`list[str]`, *optional*, defaults to `["sentiment"]`):
             `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), `"bleu"`,
             `"rouge1"`, `"rouge2"` or `"rougeL"` (of the policy's tokens, against the data set's column `reference`),
+            `"similarity"` (cosine of all-MiniLM-L6-v2's sentence embeddings of the completion and of that column),
             a file saved by `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or
             folder), or a dotted path to a reward, to a differentiable function of soft tokens, or to what makes one.
             Trainers that do not differentiate rewards take TRL's functions of texts as well.
@@ -83,7 +84,9 @@ class TrainArguments(DataArguments):
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["sentiment"],
-        metadata={"help": "'sentiment', 'bleu', 'rougeL', a saved reward, a classifier's name, or a dotted path."},
+        metadata={
+            "help": "'sentiment', 'rougeL', 'similarity', a saved reward, a classifier's name, or a dotted path."
+        },
     )
     judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'token_linear', 'none' or a dotted path."})
 

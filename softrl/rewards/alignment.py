@@ -9,7 +9,7 @@ WordPiece cuts a text otherwise inside a word than at the beginning of one, so t
 takes the one for inside with the probability that the token in front of it ends in a letter or a digit.
 
 What such maps cannot see: tokenizers that merge across the policy's token borders cut the whole text otherwise.
-`AlignedClassifierReward` reports how much that matters, by scoring the decoded text as well.
+`AlignedReward` reports how much that matters, by scoring the decoded text as well.
 """
 
 from collections import Counter

@@ -20,12 +20,13 @@ from softrl.rewards.fit import sentiment_reward
 from softrl.rewards.function import FunctionReward, name_of
 from softrl.rewards.overlap import BleuReward, RougeReward, RougeType
 from softrl.rewards.reward_model import SequenceClassifierReward, has_other_ids
+from softrl.rewards.similarity import EmbeddingSimilarityReward
 from softrl.rewards.text import TextReward, not_differentiable
 from softrl.rewards.token_linear import TokenLinearReward
 
 _PARTS_OF_A_REWARD = ("name", "vocab_size", "soft", "hard")
 _TRL_PARAMETERS = ("completions", "completion_ids", "prompts")
-_SHORT_NAMES = ", ".join(map(repr, ("sentiment", "bleu", *get_args(RougeType))))
+_SHORT_NAMES = ", ".join(map(repr, ("sentiment", "bleu", *get_args(RougeType), "similarity")))
 _ACCEPTED = (
     "a reward object (see softrl.rewards.base.Reward), a sequence classifier of transformers, a differentiable "
     "function f(tokens: SoftTokens, **columns) -> Tensor [N], or a name (str)"
@@ -56,6 +57,7 @@ def resolve_rewards(
             - an object with a soft and a hard face, taken as it is;
             - "sentiment", the built-in classifier, fitted for the policy's tokenizer;
             - "bleu", "rouge1", "rouge2" or "rougeL", against the data set's column `reference`;
+            - "similarity", the cosine of all-MiniLM-L6-v2's embeddings of the completion and of that column;
             - a file that `TokenLinearReward.save` wrote;
             - a hub name or local folder of a sequence classifier, which is aligned if it was saved with another
               tokenizer than the policy's, see `AlignedClassifierReward`; or a model in the policy's vocabulary;
@@ -122,6 +124,8 @@ def _named(text: str, policy: _Policy) -> Reward:
         return BleuReward(policy.tokenizer)
     if text in get_args(RougeType):
         return RougeReward(policy.tokenizer, rouge_type=cast(RougeType, text))
+    if text == "similarity":
+        return EmbeddingSimilarityReward.from_pretrained(policy.tokenizer, vocab_size=policy.vocab_size)
     if Path(text).is_file():
         return TokenLinearReward.load(text)
     if _is_dotted_path(text) and not Path(text).is_dir():

@@ -1,7 +1,12 @@
 """Parsing recipes and command lines: names, overrides, and errors that say what to do."""
 
-import pytest
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import pytest
+from helpers import ALL_REWARDS
+
+from softrl.cli import train
 from softrl.cli.train import (
     build_trainer,
     checkpoint_to_resume,
@@ -233,3 +238,16 @@ def test_trl_has_the_defaults_of_the_others():
         assert different <= {"top_k", "min_p", "num_generations"}
     assert TrlRLOOConfig("x", min_p=0.0, report_to=[], use_cpu=True).min_p is None
     assert TrlRLOOConfig("x", report_to=[], use_cpu=True).bf16 is False
+
+
+def test_how_much_of_the_vocabulary_a_reward_with_another_tokenizer_knows_is_printed(tmp_path, capsys, monkeypatch):
+    """A trainer that does nothing but hold rewards."""
+    rewards = [ALL_REWARDS[name]() for name in ("pair", "similarity", "aligned classifier")]
+    trainer = MagicMock(rewards=SimpleNamespace(rewards=rewards), accelerator=SimpleNamespace(print=print))
+    trainer.is_world_process_zero.return_value = False
+    monkeypatch.setattr(train, "build_trainer", lambda *arguments: trainer)
+    assert main(["--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for reward in rewards[1:]:
+        assert f"Reward {reward.name!r} has another tokenizer: {reward.coverage}." in printed
+    assert "'pair'" not in printed

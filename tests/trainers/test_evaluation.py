@@ -3,7 +3,7 @@
 import pytest
 import sacrebleu
 import torch
-from helpers import PairReward, V, llama
+from helpers import ALL_REWARDS, PairReward, V, llama
 from trainers.tiny import dataset, make
 from trl import RLOOConfig, RLOOTrainer
 
@@ -95,3 +95,19 @@ def test_completions_are_compared_with_references(tmp_path, tokenizer):
         ValueError, match=r"column 'reference' of the data set, which is missing or empty for .*\[0, 1"
     ):
         make(tmp_path, tokenizer, eval_metrics=["rouge"]).evaluate()
+
+
+def test_rewards_with_another_tokenizer_are_logged_of_the_decoded_text_too(tmp_path, tokenizer):
+    rows = dataset(6).add_column("target", [f"w{i + 5} w9" for i in range(6)])
+    reward = ALL_REWARDS["similarity"]()
+    trainer = make(tmp_path, tokenizer, reward=reward, train=rows, evaluation=rows, max_steps=1)
+    trainer.train()
+    (step,) = [row for row in trainer.state.log_history if "loss" in row]
+    assert {"rewards/similarity/mean", "rewards/similarity_decoded/mean"} <= step.keys()
+    metrics = trainer.evaluate()
+    for index, sample in enumerate(trainer.last_evaluation):
+        ids, target = torch.tensor([sample.tokens]), [rows["target"][index]]
+        decoded = reward.hard_decoded(ids, torch.ones_like(ids, dtype=torch.bool), target=target)
+        assert sample.rewards["similarity_decoded"] == pytest.approx(decoded.item(), abs=1e-6)
+    values = [sample.rewards["similarity_decoded"] for sample in trainer.last_evaluation]
+    assert metrics["eval_rewards/similarity_decoded/mean"] == pytest.approx(sum(values) / len(values))
