@@ -31,6 +31,7 @@ from transformers import (
 from softrl.models.gru import GRUConfig, GRUForCausalLM
 from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import WeightedRewards
+from softrl.rewards.discriminator import Discriminator
 from softrl.rewards.function import FunctionReward
 from softrl.rewards.length import LengthReward
 from softrl.rewards.likelihood import LikelihoodReward, TargetLikelihoodReward
@@ -225,6 +226,13 @@ def _similarity() -> EmbeddingSimilarityReward:
     return EmbeddingSimilarityReward(_bert(BertModel, tokenizer), tokenizer, word_tokenizer(), column="target")
 
 
+def _discriminator() -> Discriminator:
+    from trainers.tiny import word_tokenizer
+
+    torch.manual_seed(4)
+    return Discriminator(nn.Embedding(V, 6), word_tokenizer(), width=5).double()
+
+
 def reward_columns(num_rows: int) -> dict[str, list]:
     """What rewards read of the data set: prompts, targets, and token ids of one reference or two a row."""
     generator = torch.Generator().manual_seed(8)
@@ -254,13 +262,14 @@ ALL_REWARDS = {
     "target likelihood": lambda: _likelihood(TargetLikelihoodReward, baseline=True, separator="w20"),
     "aligned classifier": _aligned_classifier,
     "similarity": _similarity,
+    "discriminator": _discriminator,
     "length": LengthReward,
     "length, target": lambda: LengthReward(target=3.5, scale=2.0),
 }
 # These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
 REWARDS_OF_FEW_WEIGHTS = (
     "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "similarity",
-    "length", "length, target",
+    "discriminator", "length", "length, target",
 )  # fmt: skip
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")
 

@@ -13,7 +13,7 @@ import yaml
 BUILTIN_DATASET = "review-openings"
 KEYWORDS_DATASET = "review-keywords"
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
-TRAINERS = ("soft_rollout", "reinforce", "ppo", "trl_rloo", "trl_grpo")
+TRAINERS = ("soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "trl_rloo", "trl_grpo")
 
 
 @dataclass
@@ -61,8 +61,9 @@ class TrainArguments(DataArguments):
 
     Args:
         trainer (`str`, *optional*, defaults to `"soft_rollout"`):
-            `"soft_rollout"`, `"reinforce"` (and its `estimator`), `"ppo"`, or TRL's own `"trl_rloo"` and
-            `"trl_grpo"` on the same data and rewards. Keys that belong to another trainer are ignored, and named.
+            `"soft_rollout"`, `"reinforce"` (and its `estimator`), `"ppo"`, `"text_gan"` and `"reinforce_gan"` (whose
+            `reward_funcs` name `"discriminator"`; the data set needs a column `reference`), or TRL's own `"trl_rloo"`
+            and `"trl_grpo"` on the same data and rewards. Keys of another trainer are ignored, and named.
         gradient_statistics (`bool`, *optional*, defaults to `False`):
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
             `gradient_accumulation_steps` of at least 2.
@@ -100,6 +101,8 @@ def config_class(trainer: str) -> type:
         "soft_rollout": trainers.SoftRolloutConfig,
         "reinforce": trainers.ReinforceConfig,
         "ppo": trainers.PPOConfig,
+        "text_gan": trainers.TextGANConfig,
+        "reinforce_gan": trainers.ReinforceGANConfig,
         "trl_rloo": trl_config.TrlRLOOConfig,
         "trl_grpo": trl_config.TrlGRPOConfig,
     }

@@ -62,7 +62,13 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
     else:
         from softrl import trainers
 
-        ours = {"soft_rollout": "SoftRolloutTrainer", "reinforce": "ReinforceTrainer", "ppo": "PPOTrainer"}
+        ours = {
+            "soft_rollout": "SoftRolloutTrainer",
+            "reinforce": "ReinforceTrainer",
+            "ppo": "PPOTrainer",
+            "text_gan": "TextGANTrainer",
+            "reinforce_gan": "ReinforceGANTrainer",
+        }
         trainer_class = getattr(trainers, ours[arguments.trainer])
         judge = load_judge(arguments.judge)
         trainer = trainer_class(reward_funcs=arguments.reward_funcs, judge=judge, **settings)

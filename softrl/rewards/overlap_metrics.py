@@ -1,7 +1,6 @@
 """Corpus scores of decoded texts against references, as `evaluate.Metric` objects that need no hub.
 
-`evaluate.load` fetches the script of a metric from a hub. These two wrap the packages that those scripts wrap, and
-return what they return; every other name still goes to `evaluate.load`.
+They wrap the packages that the scripts of `evaluate.load` wrap, and return what they return.
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ class Sacrebleu(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("Corpus BLEU by sacrebleu.", "M. Post (2018), A Call for Clarity in Reporting BLEU Scores.")
+        return metric_info("Corpus BLEU by sacrebleu.", "M. Post (2018), A Call for Clarity in Reporting BLEU Scores.")
 
     def _compute(
         self, predictions: list[str], references: list[str] | list[list[str]], **options: Any
@@ -42,7 +41,7 @@ class Rouge(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info(
+        return metric_info(
             "ROUGE by rouge-score.", "C.-Y. Lin (2004), ROUGE: A Package for Automatic Evaluation of Summaries."
         )
 
@@ -62,27 +61,8 @@ class Rouge(evaluate.Metric):
         return {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in rouge_types}
 
 
-_OURS = {"sacrebleu": Sacrebleu, "rouge": Rouge}
-
-
-def load_metric(name: str) -> evaluate.EvaluationModule:
-    """A metric by name: "sacrebleu", "rouge", or whatever `evaluate.load` finds.
-
-    Raises:
-        ValueError: `evaluate.load` cannot find or reach it.
-    """
-    if name in _OURS:
-        return _OURS[name](keep_in_memory=True)
-    try:
-        return evaluate.load(name)
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(
-            f"metric {name!r} cannot be loaded ({str(error).splitlines()[0]}); without a hub there are "
-            f"{sorted(_OURS)}, and evaluate.load takes a local folder"
-        ) from error
-
-
-def _info(description: str, citation: str) -> evaluate.MetricInfo:
+def metric_info(description: str, citation: str) -> evaluate.MetricInfo:
+    """What `evaluate` wants to know of a metric of texts."""
     text, texts = datasets.Value("string"), datasets.Sequence(datasets.Value("string"))
     return evaluate.MetricInfo(
         description=description,

@@ -23,7 +23,14 @@ from softrl.assets import resolve_model, write_atomically, write_folder_atomical
 from softrl.studies.compare_config import CompareConfig, Method, Run, hashed
 from softrl.studies.compare_run import Cycle, PolicyEvaluator, Record, measured
 from softrl.studies.report import load_samples, save_samples
-from softrl.trainers import PPOConfig, ReinforceConfig, RolloutConfig, SoftRolloutConfig
+from softrl.trainers import (
+    PPOConfig,
+    ReinforceConfig,
+    ReinforceGANConfig,
+    RolloutConfig,
+    SoftRolloutConfig,
+    TextGANConfig,
+)
 from softrl.trainers.evaluation import Judge, Sample
 from softrl.trainers.trl_config import TrlGRPOConfig, TrlRLOOConfig
 
@@ -218,7 +225,9 @@ class Study:
 def method_keys() -> set[str]:
     """Keys that say how a policy is trained, and nothing of how it is sampled and measured."""
     shared = {each.name for each in fields(RolloutConfig)}
-    kinds = (SoftRolloutConfig, ReinforceConfig, PPOConfig, TrlRLOOConfig, TrlGRPOConfig)
+    kinds = (
+        SoftRolloutConfig, ReinforceConfig, PPOConfig, TextGANConfig, ReinforceGANConfig, TrlRLOOConfig, TrlGRPOConfig,
+    )  # fmt: skip
     own = {each.name for kind in kinds for each in fields(kind)}
     return (own - shared) | {"trainer", "beta", "learning_rate"}
 

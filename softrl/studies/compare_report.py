@@ -1,6 +1,7 @@
 """The report of `softrl compare`: rows as CSV and Parquet, figures, one page that holds them all."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from softrl.studies.compare_tables import (
     finished,
     mean_at_kl,
     rows_of,
+    score_changes,
 )
 from softrl.studies.html import embedded, number, with_error, write_page
-from softrl.studies.tables import write_csv
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -48,6 +49,9 @@ two standard errors" asks for two of the larger one, of that over seeds and that
 {{ table(final[0], final[1]) }}
 <p class="note">By prompt: the standard error that the prompts of each seed give the mean. z: change over the larger of
 the two standard errors. Seconds a rollout are those of all training on it; for PPO, of all epochs.</p>
+{% if scores[1] %}<h2>Other measures of the held-out texts</h2>
+{{ table(scores[0], scores[1], 3) }}
+<p class="note">Mean ± standard error over seeds.</p>{% endif %}
 <h2>At equal KL</h2>
 <p>Values where a run first passes a KL to the base, linear between its evaluations; mean ± standard error over the
 seeds that get there, their number in brackets where it is not all. The row of all KL weights averages those of a seed
@@ -91,7 +95,7 @@ def write_report(config: CompareConfig, records: list[Record], command: str) -> 
         "question": config.question, "notes": config.notes, "command": command,
         "summary": [line for end in ends for line in summary_lines(end)],
         "setup": _setup(config, records), "tuning": _tuning(config, records), "tuning_text": _tuning_text(config),
-        "final": _final_table(ends), "equal_kl": _equal_kl_table(config, records),
+        "final": _final_table(ends), "scores": _scores_table(records), "equal_kl": _equal_kl_table(config, records),
         "reference": config.reference or config.methods[0].name, "differences": _differences(config, records),
         "figures": {name: embedded(path) for name, path in figures.items()}, "captions": _captions(records),
         "failed": _failed(records), "runs_text": _runs_text(config, records),
@@ -102,9 +106,11 @@ def write_report(config: CompareConfig, records: list[Record], command: str) -> 
 
 def _write_rows(rows: list[Row], folder: Path) -> list[Path]:
     table, columns = folder / "rows.csv", folder / "rows.parquet"
-    write_csv(rows, table)
+    flat = pd.DataFrame([{**asdict(row), **row.scores} for row in rows]).drop(columns="scores")
+    with write_atomically(table) as temporary:
+        flat.to_csv(temporary, index=False)
     with write_atomically(columns) as temporary:
-        pd.DataFrame(rows).to_parquet(temporary)
+        flat.to_parquet(temporary)
     return [table, columns]
 
 
@@ -243,6 +249,15 @@ def _final_table(ends: list[Final]) -> Table:
         ]  # fmt: skip
         rows.append([end.method, f"{end.beta:g}", f"{end.learning_rate:g}", seeds, *changes, *shown])
     return columns, rows
+
+
+def _scores_table(records: list[Record]) -> Table:
+    rows: list[Any] = [
+        [each.method, f"{each.beta:g}", each.name, with_error(*each.start), with_error(*each.end),
+         with_error(*each.change, signed=True)]
+        for each in score_changes(records)
+    ]  # fmt: skip
+    return ["method", "KL weight", "measure", "start", "end", "change"], rows
 
 
 def _z(change: Change | None) -> str:

@@ -135,9 +135,11 @@ def measured(
         samples[:] = evaluator.samples() if step else start()
         drawn = cycle.samples_after(step)
         counts = {"step": step, "samples": drawn, "reward_calls": drawn * _calls_a_sample(args)}
-        scores = metrics_of_texts(evaluator.metrics, samples)
+        point = _point(samples)
+        scores = {name: value for name, value in point.items() if name.startswith("rewards/")}
+        scores |= metrics_of_texts(evaluator.metrics, samples)
         spent = {"seconds": seconds, "evaluation_seconds": _now() - begun}
-        points.append({**counts, **spent, **_point(samples), **scores})
+        points.append({**counts, **spent, **point, "scores": scores})
         on_point(points[-1], cycle)
 
     every = cycle.steps_for(run.evaluate_every_samples, "evaluate_every_samples")

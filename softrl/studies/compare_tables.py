@@ -6,7 +6,7 @@ Numbers in, numbers out: nothing is trained or drawn here.
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from softrl.studies.html import mean_and_error
@@ -45,6 +45,7 @@ class Row:
     distinct_2: float | None = None
     base_perplexity: float | None = None
     mean_length_tokens: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def rows_of(records: list[Record]) -> list[Row]:
@@ -65,7 +66,7 @@ def _rows_of_run(record: Record) -> list[Row]:
             reward=point["reward"], judge=point.get("judge"), **_changes(record, point),
             kl_completion_nats=point["kl_completion"], kl_token_nats=point["kl"], distinct_1=point["distinct_1"],
             distinct_2=point["distinct_2"], base_perplexity=point["base_perplexity"],
-            mean_length_tokens=point["completions/mean_length"],
+            mean_length_tokens=point["completions/mean_length"], scores=point.get("scores", {}),
         )
         for point in record["points"]
     ]  # fmt: skip
@@ -156,6 +157,32 @@ def finals(records: list[Record]) -> list[Final]:
             Final(method, beta, here[0]["learning_rate"], len(done), len(here) - len(done), **changes, means=means)
         )
     return result
+
+
+@dataclass(frozen=True)
+class ScoreChange:
+    """A further measure of a method's held-out texts at one KL weight: mean and standard error over seeds."""
+
+    method: str
+    beta: float
+    name: str
+    start: tuple[float, float]
+    end: tuple[float, float]
+    change: tuple[float, float]
+
+
+def score_changes(records: list[Record]) -> list[ScoreChange]:
+    """Scores of `eval_metrics` and single rewards, from the starts of finished runs to their ends."""
+    changes = []
+    done = finished(records)
+    for method, beta in sorted_cells(done):
+        here = [record for record in done if (record["method"], record["beta"]) == (method, beta)]
+        pairs = [[record["points"][place].get("scores", {}) for record in here] for place in (0, -1)]
+        for name in pairs[0][0]:
+            start, end = ([scores[name] for scores in of_place] for of_place in pairs)
+            differences = [after - before for before, after in zip(start, end, strict=True)]
+            changes.append(ScoreChange(method, beta, name, *map(mean_and_error, (start, end, differences))))
+    return changes
 
 
 def sorted_cells(records: list[Record]) -> list[tuple[str, float]]:

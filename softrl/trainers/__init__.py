@@ -1,6 +1,8 @@
 """Trainers on top of TRL; a `<name>_config.py` beside each `<name>_trainer.py`."""
 
 from softrl.trainers.evaluation import evaluate_policy
+from softrl.trainers.gan_config import ReinforceGANConfig, TextGANConfig
+from softrl.trainers.gan_trainer import ReinforceGANTrainer, TextGANTrainer
 from softrl.trainers.gradient_statistics import GradientStatisticsCallback
 from softrl.trainers.ppo_config import PPOConfig
 from softrl.trainers.ppo_trainer import PPOTrainer
@@ -16,10 +18,14 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "ReinforceConfig",
+    "ReinforceGANConfig",
+    "ReinforceGANTrainer",
     "ReinforceTrainer",
     "RolloutConfig",
     "RolloutTrainer",
     "SoftRolloutConfig",
     "SoftRolloutTrainer",
+    "TextGANConfig",
+    "TextGANTrainer",
     "evaluate_policy",
 ]

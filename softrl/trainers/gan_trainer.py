@@ -1,16 +1,16 @@
 """Text GANs: a generator trained on the log-odds of a discriminator that is trained beside it.
 
-`TextGANTrainer` backpropagates them through soft tokens, `ReinforceGANTrainer` is its score-function baseline.
+`TextGANTrainer` backpropagates them through soft tokens, `ReinforceGANTrainer` is its score-function baseline. The
+discriminator's updates are in `adversary.py`.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
-from softrl.rewards.base import one_hot_tokens
+from softrl.rewards.base import Reward, one_hot_tokens
 from softrl.rewards.discriminator import Discriminator
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
@@ -18,44 +18,155 @@ from softrl.trainers.adversary import Adversary, Pair, pairs_of
 from softrl.trainers.batches import Completions, PromptBatch
 from softrl.trainers.gan_config import ReinforceGANConfig, TextGANConfig
 from softrl.trainers.reinforce_trainer import ReinforceTrainer
-from softrl.trainers.rollout_trainer import RolloutTrainer
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 from softrl.types import SoftTokens
 
-_WARMUP_STEP = -2  # random streams of the completions before the first step
+DISCRIMINATOR = "discriminator"  # its name in reward_funcs
 REFERENCE_COLUMN = "reference"
+_WARMUP_STEP = -2  # random streams of the completions before the first step
 
 
-class AdversarialMixin(RolloutTrainer):
+class AdversarialMixin:
     """
-    What a text GAN adds to its generator's trainer: the discriminator as the first reward, and its training.
+    What a text GAN adds to its generator's trainer: the discriminator as a reward, and its training.
 
     The data set needs a column `reference`, the real completion of each prompt. Before the first step the
-    discriminator is trained on completions of the start; after every rollout the generator's gradient is taken first,
-    with the discriminator as it was, and then the discriminator's updates are made. Its loss, accuracy and slope are
-    logged as `discriminator/...`; a checkpoint has its weights, optimiser and buffer in `discriminator.pt`.
+    discriminator is trained on completions of the start. After every rollout the generator's gradient is taken, with
+    the discriminator as it was, and then the discriminator is updated, by an optimiser of its own. Its loss, accuracy
+    and slope are logged as `discriminator/...`; a checkpoint has its weights, optimiser and buffer.
 
-    Overrides `__init__` (the reward), `_inner_training_loop` (the first updates), `record` (keeps the completions),
-    `finish_step` (the updates), `_save_checkpoint` and `_load_from_checkpoint`.
+    Overrides `__init__`, `make_rewards`, `training_step` (the first updates), `finish_step` (the others),
+    `_save_checkpoint` and `_load_from_checkpoint`.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any = DISCRIMINATOR, args: Any = None, *others: Any, **settings: Any):
+        self._pending: list[Pair] = []
+        super().__init__(model, reward_funcs, args, *others, **settings)
+        names = getattr(self.train_dataset, "column_names", [REFERENCE_COLUMN])
+        if REFERENCE_COLUMN not in names:
+            raise ValueError(
+                f"train_dataset has no column {REFERENCE_COLUMN!r}, the real completions that generated ones are told "
+                f"from; it has {names}"
+            )
+        self.adversary = Adversary(self.discriminator, self.args, self.args.seed)
+
+    def make_rewards(self, reward_funcs: Any, tokenizer: Any, policy_name: str | None, args: Any) -> list[Reward]:
+        """The discriminator where `reward_funcs` names it, and what else it holds."""
+        items = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if items.count(DISCRIMINATOR) != 1:
+            raise ValueError(
+                f"reward_funcs={items!r}: a text GAN needs {DISCRIMINATOR!r} among them, once; others may be added"
+            )
+        embedding = self.policy.causal_lm.get_input_embeddings()
+        self.discriminator = Discriminator(embedding, tokenizer, args.discriminator_width)
+        place = items.index(DISCRIMINATOR)
+        return super().make_rewards(
+            [*items[:place], self.discriminator, *items[place + 1 :]], tokenizer, policy_name, args
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.adversary.num_updates == 0 and self.args.discriminator_warmup_steps:
+            self._warm_up()
+        return super().training_step(*args, **kwargs)
+
+    def finish_step(self) -> None:
+        super().finish_step()
+        pending, self._pending = self._pending, []
+        self.adversary.add(pending)
+        with self._metrics.timed(DISCRIMINATOR):
+            measured = self.adversary.train(self.args.discriminator_steps, self.accelerator)
+        self._metrics.add({f"{DISCRIMINATOR}/{name}": value for name, value in measured.items()})
+
+    def keep(self, batch: PromptBatch, tokens: SoftTokens) -> None:
+        """Remember generated completions for the discriminator's next updates."""
+        columns = batch.columns
+        self._pending += pairs_of(columns["prompt"], tokens, self._real_ids(columns[REFERENCE_COLUMN]))
+
+    def _real_ids(self, references: list[Any]) -> list[list[int]]:
+        """References as completions: cut to the longest that is generated, and ended where they are shorter."""
+        tokenizer, longest = self.processing_class, self.args.max_completion_length
+        texts = [text if isinstance(text, str) else text[0] for text in references]
+        rows = tokenizer(texts, add_special_tokens=False).input_ids
+        return [[*ids, tokenizer.eos_token_id][:longest] for ids in rows]
+
+    def _warm_up(self) -> None:
+        """Train the discriminator on completions of the start; every process on its own share of the prompts."""
+        args, dataset = self.args, self.train_dataset
+        rank, size = self.accelerator.process_index, args.per_device_eval_batch_size
+        rows = range(rank, len(dataset), self.accelerator.num_processes)[: args.discriminator_warmup_samples]
+        for start in range(0, len(rows), size):
+            batch = self.prompt_batch([dataset[row] for row in rows[start : start + size]], 1)
+            random = SequenceRandom.keyed(args.seed, _WARMUP_STEP, batch.indices, 1, self.accelerator.device)
+            with self.accelerator.autocast():
+                sampled = hard_rollout(
+                    self.policy, batch.prompts, self.truncation, random, args.max_completion_length,
+                    eos_ids=self.eos_ids,
+                )  # fmt: skip
+            self.keep(batch, one_hot_tokens(sampled.tokens, sampled.mask))
+        pending, self._pending = self._pending, []
+        self.adversary.add(pending)
+        measured = self.adversary.train(args.discriminator_warmup_steps, self.accelerator)
+        numbers = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in measured.items())
+        self.accelerator.print(
+            f"Discriminator after {args.discriminator_warmup_steps} updates on the start: {numbers}"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.adversary.save(folder, self.accelerator.process_index)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.adversary.load(resume_from_checkpoint, self.accelerator.process_index)
+
+
+class TextGANTrainer(AdversarialMixin, SoftRolloutTrainer):
+    """
+    Text GAN whose generator is trained by backpropagating the discriminator's log-odds through soft tokens.
+
+    With respect to [`SoftRolloutTrainer`] it adds what [`AdversarialMixin`] lists, and `_record_step`, which keeps the
+    soft tokens. A generated text that a relaxation makes of mixtures is seen as such by the discriminator.
 
     Args:
-        reward_funcs (*optional*):
-            Further rewards, added to the discriminator's with their `reward_weights`.
+        reward_funcs (*optional*, defaults to `"discriminator"`):
+            Further rewards beside it, e.g. `["discriminator", "sentiment"]`.
+        args ([`TextGANConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
         others:
             As in [`RolloutTrainer`].
     """
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **settings: Any) -> None:
-        self._others = [] if reward_funcs is None else reward_funcs
-        if not isinstance(self._others, list | tuple):
-            self._others = [self._others]
-        self._pending: list[Pair] = []
-        super().__init__(model, _Later(), args, **settings)
-        for name in ("train_dataset", "eval_dataset"):
-            dataset = getattr(self, name)
-            if dataset is not None and REFERENCE_COLUMN not in getattr(dataset, "column_names", [REFERENCE_COLUMN]):
-                raise ValueError(
-                    f"{name} has no column {REFERENCE_COLUMN!r}, the real completions that generated ones are told from; "
-                    f"it has {dataset.column_names}"
-                )
+    _tag_names = ("trl", "softrl", "text-gan")
+    _name = "TextGAN"
+    _config_class = TextGANConfig
 
+    @torch.no_grad()
+    def _record_step(self, batch: PromptBatch, completions: Completions, estimate: Any, *others: Any) -> None:
+        super()._record_step(batch, completions, estimate, *others)
+        self.keep(batch, estimate.rollout.soft_tokens)
+
+
+class ReinforceGANTrainer(AdversarialMixin, ReinforceTrainer):
+    """
+    Text GAN whose generator is trained by a score function on the discriminator's log-odds, as SeqGAN's is.
+
+    With respect to [`ReinforceTrainer`] it adds what [`AdversarialMixin`] lists, and `record`, which keeps the tokens.
+
+    Args:
+        reward_funcs (*optional*, defaults to `"discriminator"`):
+            Further rewards beside it.
+        args ([`ReinforceGANConfig`], *optional*):
+            Configuration for this trainer; the default one asks for `num_generations` of at least 2.
+        others:
+            As in [`RolloutTrainer`].
+    Source: L. Yu et al. (2017), SeqGAN, arXiv 1609.05473; without its Monte Carlo search.
+    """
+
+    _tag_names = ("trl", "softrl", "reinforce-gan")
+    _name = "ReinforceGAN"
+    _config_class = ReinforceGANConfig
+
+    def record(self, batch: PromptBatch, completions: Completions, values: dict[str, Tensor]) -> None:
+        super().record(batch, completions, values)
+        self.keep(batch, one_hot_tokens(completions.tokens, completions.mask))

@@ -70,7 +70,8 @@ class RolloutConfig(BaseConfig):
 
         eval_metrics (`list[str]`, *optional*):
             Metrics of decoded completions against the data set's column `reference` (a text or a list of texts a
-            row): "sacrebleu", "rouge", or what `evaluate.load` finds; logged as `eval_<metric>/<score>`.
+            row): "sacrebleu", "rouge", of the whole set "self_bleu" and "frechet" (of MiniLM's embeddings), or what
+            `evaluate.load` finds; logged as `eval_<metric>/<score>`.
         early_stop_on_gap (`float`, *optional*):
             Stop training when the soft reward is further above the hard one at three logs in a row: soft tokens then
             score what no text does. For trainers that log `reward/gap`.
@@ -125,7 +126,7 @@ class RolloutConfig(BaseConfig):
     )
 
     eval_metrics: list[str] | None = field(
-        default=None, metadata={"help": "Metrics against references: sacrebleu, rouge, or names of `evaluate`."}
+        default=None, metadata={"help": "Metrics of texts: sacrebleu, rouge, self_bleu, frechet, or of `evaluate`."}
     )
     early_stop_on_gap: float | None = field(
         default=None, metadata={"help": "Stop when the soft reward is further above the hard one at three logs."}

@@ -20,8 +20,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from softrl.models.policy import check_policy
 from softrl.objectives.token_terms import DirectTerms
-from softrl.rewards.base import WeightedRewards
-from softrl.rewards.overlap_metrics import load_metric
+from softrl.rewards.base import Reward, WeightedRewards
+from softrl.rewards.metrics import load_metric
 from softrl.rewards.resolve import resolve_rewards
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
@@ -123,9 +123,7 @@ class RolloutTrainer(BaseTrainer):
         self.eval_metrics = {name: load_metric(name) for name in args.eval_metrics or []}
         self.policy = args.make_policy(model)
         check_policy(self.policy)
-        rewards = resolve_rewards(
-            reward_funcs, processing_class, policy_name, self.policy.vocab_size, self._differentiates_rewards(args)
-        )
+        rewards = self.make_rewards(reward_funcs, processing_class, policy_name, args)
         self.rewards = WeightedRewards(rewards, args.reward_weights)
         self.reference = reference_policy(model, args)
         self.kl_control = args.make_kl_control()
@@ -158,6 +156,14 @@ class RolloutTrainer(BaseTrainer):
             if isinstance(module, nn.Module):
                 module.to(self.accelerator.device)
         self.model_accepts_loss_kwargs = False
+
+    def make_rewards(
+        self, reward_funcs: Any, tokenizer: PreTrainedTokenizerBase, policy_name: str | None, args: RolloutConfig
+    ) -> list[Reward]:
+        """Rewards from what the user passes; the policy is there already."""
+        return resolve_rewards(
+            reward_funcs, tokenizer, policy_name, self.policy.vocab_size, self._differentiates_rewards(args)
+        )
 
     def _differentiates_rewards(self, args: RolloutConfig) -> bool:
         """Whether the method reads the soft faces of rewards."""

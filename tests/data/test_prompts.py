@@ -110,5 +110,14 @@ def test_openings_that_do_not_survive_tokenising_again_are_left_out(tokenizer, c
 
 @pytest.mark.parametrize(("number", "length"), [(0, 8), (5, 0)])
 def test_numbers_out_of_range(tokenizer, corpus, number, length):
-    with pytest.raises(ValueError, match=f"must be 1 or more, got {number} and {length}"):
+    with pytest.raises(ValueError, match="must be 1 or more, got 0"):
         review_openings(tokenizer, number, length, csv_path=corpus)
+
+
+def test_references_are_what_the_reviews_go_on_with(tokenizer, corpus):
+    rows = review_openings(tokenizer, 50, 4, csv_path=corpus, reference_length_tokens=5)
+    texts = load_reviews("prompts", corpus)["text"]
+    for row in rows:
+        assert any(text.startswith(row["prompt"] + row["reference"]) for text in texts)
+        assert len(tokenizer(row["reference"], add_special_tokens=False).input_ids) == 5
+    assert "reference" not in review_openings(tokenizer, 5, 4, csv_path=corpus).column_names

@@ -6,7 +6,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from test_overlap import text_pairs
 
-from softrl.rewards.overlap_metrics import load_metric
+from softrl.rewards.metrics import load_metric
 
 
 def test_sacrebleu_is_the_packages_corpus_score():
