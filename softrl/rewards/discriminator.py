@@ -53,6 +53,7 @@ class Discriminator(nn.Module):
             nn.Conv1d(weight.shape[1], width, length, padding=length - 1) for length in _WINDOWS
         )
         self.head = nn.Linear(width * len(_WINDOWS), 1)
+        self.to(weight.dtype)
         self.tokenizer = tokenizer
         self.name = name
         self.vocab_size: int | None = len(weight)
@@ -133,7 +134,7 @@ def gradient_penalty(
         (2017), arXiv 1704.00028.
     """
     embeds, presence = (
-        torch.lerp(of_generated, of_real, shares.reshape(-1, *[1] * (of_real.dim() - 1)))
+        torch.lerp(of_generated, of_real, shares.to(of_real).reshape(-1, *[1] * (of_real.dim() - 1)))
         for of_real, of_generated in zip(real, generated, strict=True)
     )
     embeds = embeds.detach().requires_grad_()
