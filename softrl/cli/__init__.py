@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "quickstart": "train SmolLM2-135M to write favourable reviews, and print before and after (about five minutes)",
     "train": "train a policy from a recipe: softrl train --config recipes/quickstart.yaml [--key value ...]",
+    "evaluate": "held-out completions of a trained policy beside its start: softrl evaluate --config RECIPE",
     "sft": "a supervised start for a policy, on prompts with references: softrl sft --config bleu/keywords",
     "reward": "fit a reward model on labelled texts or preference pairs: softrl reward fit --config rewards/minilm",
     "bench": "measure seconds, memory and errors: softrl bench rollout | blocks | memory | hops",

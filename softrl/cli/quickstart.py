@@ -61,7 +61,7 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
     if checkpoint is not None and (folder / "before.json").is_file():
         before = load_samples(folder / "before.json")
     else:
-        before = _evaluated(trainer, "before training")
+        before = evaluated(trainer, "before training")
         save_samples(before, folder / "before.json")
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:
@@ -70,7 +70,7 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
             f"{' '.join(['softrl quickstart --resume', *argv])}"
         )
         return 130
-    after = _evaluated(trainer, "after training")
+    after = evaluated(trainer, "after training")
     save_samples(after, folder / "after.json")
     trainer.save_model(str(folder))
     trainer.save_state()
@@ -84,7 +84,8 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
     return 0
 
 
-def _evaluated(trainer: Any, when: str) -> list[Any]:
+def evaluated(trainer: Any, when: str) -> list[Any]:
+    """The samples of an evaluation, which takes a while and says so."""
     print(f"sampling {len(trainer.eval_dataset)} held-out prompts {when} ...", flush=True)
     trainer.evaluate()
     return trainer.last_evaluation

@@ -128,38 +128,58 @@ def adjoint_norms(log_history: list[dict[str, float]]) -> list[tuple[int, dict[i
     return [(step, norms) for step, norms in rows if norms]
 
 
+_PANELS = (
+    ("reward and judge", {
+        "reward/hard": "hard reward", "reward/soft": "soft reward", "judge": "judge", "eval_judge": "judge, held out",
+    }),
+    ("gap, soft minus hard reward", {"reward/gap": "gap"}),
+    ("KL to base, nats a token", {"kl": "KL", "eval_kl": "KL, held out"}),
+    ("diversity", {
+        "repetition": "repetition", "eval_distinct_1": "distinct-1, held out",
+        "eval_distinct_2": "distinct-2, held out",
+    }),
+    ("perplexity under the base", {"eval_base_perplexity": "perplexity, held out"}),
+    ("seconds a step", {
+        "step_time/rollout": "rollout", "step_time/cotangents": "cotangents", "step_time/surrogate": "surrogate",
+    }),
+)  # fmt: skip
+
+
 def plot_training(log_history: list[dict[str, float]], path: Path) -> None:
-    """Reward, judge, gap and KL over steps, as a PNG."""
+    """What shows whether a reward is gamed, over steps, as a PNG: a panel for each thing that was logged.
+
+    Rewards and judge, the gap between soft and hard reward, KL, diversity, perplexity under the base; and seconds.
+    Rewards of decoded text by another tokenizer are drawn beside the hard reward.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in log_history if "reward/hard" in row]
-    steps = [row["step"] for row in rows]
-    panels = (
-        ("reward and judge", (("reward/hard", "hard reward"), ("reward/soft", "soft reward"), ("judge", "judge"))),
-        ("gap, soft minus hard reward", (("reward/gap", "gap"),)),
-        ("KL to base, nats a token", (("kl", "KL"),)),
-        ("seconds a step", (
-            ("step_time/rollout", "rollout"),
-            ("step_time/cotangents", "cotangents"),
-            ("step_time/surrogate", "surrogate"),
-        )),
-    )  # fmt: skip
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, panels, strict=True):
-        for key, label in curves:
-            points = [(step, row[key]) for step, row in zip(steps, rows, strict=True) if key in row]
+    decoded = {key for row in log_history for key in row if key.startswith("rewards/") and "_decoded/mean" in key}
+    panels = [(title, dict(curves)) for title, curves in _PANELS]
+    panels[0][1].update(dict.fromkeys(sorted(decoded), "decoded text"))
+    logged = {key for row in log_history for key in row}
+    panels = [(title, curves) for title, curves in panels if logged & curves.keys()]
+    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(10, 3.2 * -(-len(panels) // 2)), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for axis, (title, curves) in zip(axes.flat, panels, strict=False):
+        for key, label in curves.items():
+            points = [(row["step"], row[key]) for row in log_history if key in row]
             if points:
                 # the hard and the soft reward coincide under straight-through: dashes keep both visible
-                axis.plot(*zip(*points, strict=True), label=label, linestyle="--" if key == "reward/soft" else "-")
+                style = {"linestyle": "--"} if key == "reward/soft" else {}
+                style |= {"marker": "o", "markersize": 3} if key.startswith("eval_") else {}
+                axis.plot(*zip(*points, strict=True), label=label, **style)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if len(axis.lines) > 1:
-            axis.legend()
-    axes.flat[1].axhline(0.0, color="grey", linewidth=0.8)
+            axis.legend(fontsize=8)
+        if title.startswith("gap"):
+            axis.axhline(0.0, color="grey", linewidth=0.8)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)

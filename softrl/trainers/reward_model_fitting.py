@@ -75,8 +75,7 @@ def fit_classifier(
     settings = {"problem_type": "multi_label_classification", "label2id": {"favourable": 0}}
     model, tokenizer = _loaded(model_name, args, **settings, id2label={0: "favourable"})
     if peft_config is not None:
-        peft_config.task_type = "SEQ_CLS"  # its head is trained too
-        model = get_peft_model(model, peft_config)
+        model = get_peft_model(model, _with_head(peft_config))
 
     def encoded(row: dict[str, Any]) -> dict[str, Any]:
         ids = tokenizer(row["text"], truncation=True, max_length=args.max_length)
@@ -116,8 +115,11 @@ def fit_preferences(
     started = time.monotonic()
     train, validation = _held_apart(train, "chosen", args)
     model, tokenizer = _loaded(model_name, args)
-    args.train_sampling_strategy = "random"  # TRL makes the lengths of pairs itself
-    trainer = RewardTrainer(model, args, train_dataset=train, processing_class=tokenizer, peft_config=peft_config)
+    # It is loaded, and TRL would say that these are ignored; and pairs have no single length to be grouped by.
+    args.model_init_kwargs, args.train_sampling_strategy = None, "random"
+    trainer = RewardTrainer(
+        model, args, train_dataset=train, processing_class=tokenizer, peft_config=_with_head(peft_config)
+    )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     model = _merged(trainer)
 
@@ -216,7 +218,13 @@ def _loaded(model_name: str, args: RewardModelConfig, **settings: Any) -> tuple[
     transformers.set_seed(args.seed)  # the head is initialised at random
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **settings, **loading)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=1,
+            ignore_mismatched_sizes=True,
+            **settings,
+            **loading,  # another classifier's head goes
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model_name_or_path={model_name!r} cannot be loaded as a sequence classifier "
@@ -235,6 +243,11 @@ def _held_apart(train: Dataset, column: str, args: RewardModelConfig) -> tuple[D
     if len(apart[0]) == 0:
         raise ValueError(f"there is nothing to train on: {len(train)} rows; give more, or calibrate=False")
     return apart[0], apart[1]
+
+
+def _with_head(peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The adapter of a classifier, whose head is trained too."""
+    return None if peft_config is None else dataclasses.replace(peft_config, task_type="SEQ_CLS")
 
 
 def _merged(trainer: Any) -> Any:

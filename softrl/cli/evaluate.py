@@ -1,0 +1,113 @@
+"""`softrl evaluate`: what a run has learned, on held-out prompts, beside the policy that it began with."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+PROG = "softrl evaluate"
+USAGE = """usage: softrl evaluate --config RECIPE [--checkpoint FOLDER] [--key value ...]
+
+Samples the held-out prompts of a recipe of `softrl train` twice, from the policy that a run began with and from what
+it left in `output_dir`, with the same random streams. Prints reward, judge, KL, diversity and perplexity before and
+after, with completions; writes before.json and after.json into the run's folder.
+
+  --checkpoint FOLDER  another folder with a model or an adapter; "latest" for the run's last checkpoint
+  --key value          any key of `softrl train`
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the process's exit status: 2 for a mistake."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(USAGE, end="")
+        return 0 if argv else 2
+    from softrl.assets import AssetError
+
+    try:
+        return _evaluate(argv)
+    except (ValueError, TypeError, OSError, AssetError) as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
+
+
+def _evaluate(argv: list[str]) -> int:
+    import datasets
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers.utils import logging
+
+    from softrl.cli.quickstart import evaluated
+    from softrl.cli.train import build_trainer, parse
+    from softrl.studies.report import print_report, save_samples
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    wanted, argv = _checkpoint_argument(argv)
+    arguments, training_args, model_args = parse(argv, PROG)
+    if arguments.trainer.startswith("trl_"):
+        raise ValueError(f"trainer={arguments.trainer!r}: give one of ours, whose evaluation this is")
+    folder = _trained_folder(wanted, training_args.output_dir)
+    trainer = build_trainer(arguments, training_args, model_args)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    before = evaluated(trainer, "as training began")
+    load_trained(trainer, folder)
+    after = evaluated(trainer, f"of {folder}")
+    for name, samples in (("before", before), ("after", after)):
+        save_samples(samples, Path(training_args.output_dir) / f"{name}.json")
+    print_report(before, after)
+    return 0
+
+
+def _checkpoint_argument(argv: list[str]) -> tuple[str | None, list[str]]:
+    if "--checkpoint" not in argv:
+        return None, argv
+    place = argv.index("--checkpoint")
+    if place + 1 == len(argv):
+        raise ValueError("--checkpoint needs a folder, or 'latest'")
+    return argv[place + 1], argv[:place] + argv[place + 2 :]
+
+
+def _trained_folder(wanted: str | None, output_dir: str) -> Path:
+    """The folder with what was trained.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = Path(wanted or output_dir)
+    if wanted == "latest":
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        folder = Path(last or output_dir)
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise ValueError(
+            f"{folder} holds neither a model nor an adapter; train it first (softrl train saves its result in "
+            "output_dir), or name a checkpoint: --checkpoint FOLDER"
+        )
+    return folder
+
+
+def load_trained(trainer: Any, folder: Path) -> None:
+    """Put trained weights into a trainer's model, in place, so that the reference stays what it was.
+
+    Raises:
+        ValueError: the folder has an adapter and the recipe asks for none, or the other way round.
+    """
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if has_adapter != isinstance(model, PeftModel):
+        raise ValueError(
+            f"{folder} holds {'an adapter' if has_adapter else 'a whole model'}, and the recipe trains "
+            f"{'a whole model' if has_adapter else 'an adapter'}; evaluate it with the recipe that trained it "
+            "(use_peft)"
+        )
+    if has_adapter:
+        outcome = set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+        if outcome.unexpected_keys:
+            raise ValueError(f"{folder} has an adapter of another shape: {outcome.unexpected_keys[:3]} have no place")
+    else:
+        trained = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(trained.state_dict())
