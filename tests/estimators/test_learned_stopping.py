@@ -6,12 +6,15 @@ For one squared error a sequence the mean is then not the target where lengths a
 
 import pytest
 import torch
+from trainers.tiny import word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from softrl.estimators.adjoint import AdjointSettings
 from softrl.estimators.pathwise import pathwise_estimate, surrogate
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms
+from softrl.rewards.likelihood import LikelihoodReward
+from softrl.rewards.overlap import BleuReward, RougeReward
 from softrl.rollouts.hard import hard_rollout
 from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.noise import SequenceRandom
@@ -73,8 +76,13 @@ def hard_length(policy):
 
 def trained(seed, relaxation, target, of_the_mean, num_sequences=64):
     """Hard mean lengths before and after, and the soft mean length of the last five steps."""
+    return trained_on(LengthReward(target, of_the_mean), seed, relaxation, num_sequences)
+
+
+def trained_on(reward, seed, relaxation, num_sequences, **columns):
+    """See `trained`."""
     policy, terms, settings = policy_of(seed), DirectTerms(), AdjointSettings(tol=1e-2)
-    reward, before = LengthReward(target, of_the_mean), hard_length(policy)
+    before = hard_length(policy)
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / NUM_STEPS)
     soft_lengths = []
@@ -83,7 +91,7 @@ def trained(seed, relaxation, target, of_the_mean, num_sequences=64):
         rollout = soft_rollout(
             policy, prompts(num_sequences), relaxation, random, T, eos_ids=(EOS,), soft_stopping=True
         )
-        estimate = pathwise_estimate(policy, rollout, relaxation, reward, terms, settings)
+        estimate = pathwise_estimate(policy, rollout, relaxation, reward, terms, settings, columns)
         optimizer.zero_grad()
         (-surrogate(policy, relaxation, estimate, terms, settings).value.mean()).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
@@ -114,6 +122,33 @@ def test_hard_length_goes_to_the_target(relaxation, of_the_mean, target, seed):
     before, after, _ = trained(seed, relaxation, target, of_the_mean, num_sequences=64 if of_the_mean else 16)
     assert SHORT * 1.15 < before < LONG * 0.85
     assert after == pytest.approx(target, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        pytest.param(BleuReward(max_ngram_order=1, eos_ids=[EOS]), id="bleu"),
+        pytest.param(RougeReward(rouge_type="rouge1", eos_ids=[EOS]), id="rouge1"),
+        pytest.param(RougeReward(rouge_type="rougeL", eos_ids=[EOS]), id="rougeL"),
+    ],
+)
+def test_a_reward_of_references_teaches_their_length(reward):
+    """The words are the same in both, so only when to stop tells the policies apart."""
+    word, after = 5, {}
+    for length in (3, 16):
+        references = [[[word] * length]] * 16
+        before, after[length], _ = trained_on(reward, 0, MIXTURE, 16, reference=references)
+    assert after[3] < 0.6 * before
+    assert after[16] > 1.3 * before
+
+
+def test_the_sum_of_log_likelihoods_teaches_to_be_brief_and_their_mean_does_not():
+    lengths, before = {}, None
+    for reduction in ("sum", "mean"):
+        reward = LikelihoodReward(policy_of(7).model, word_tokenizer(vocab_size=V), reduction=reduction)
+        before, lengths[reduction], _ = trained_on(reward, 0, MIXTURE, 16, prompt=["w4 w5"] * 16)
+    assert lengths["sum"] < 0.4 * before
+    assert lengths["mean"] > 2 * lengths["sum"]
 
 
 def test_hard_stopping_learns_nothing_about_length():
