@@ -27,6 +27,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from softrl.assets import WordVocabulary
 from softrl.models.gru import GRUConfig, GRUForCausalLM
 from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import WeightedRewards
@@ -37,6 +38,7 @@ from softrl.rewards.overlap import BleuReward, RougeReward
 from softrl.rewards.repetition import RepetitionPenalty
 from softrl.rewards.reward_model import SequenceClassifierReward
 from softrl.rewards.token_linear import TokenLinearReward
+from softrl.rewards.toxicity import ToxicityClassifier, ToxicityReward
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import RELAXATIONS, Relaxation
 from softrl.tokens.truncation import Truncation
@@ -208,6 +210,28 @@ def _aligned_classifier() -> AlignedClassifierReward:
     return AlignedClassifierReward(model, tokenizer, word_tokenizer(), name="aligned")
 
 
+def toxicity_classifier(num_words: int, max_words: int) -> ToxicityClassifier:
+    """Six labels; widths of 5, 3 and 4, all different."""
+    generator = torch.Generator().manual_seed(10)
+    recurrent = {"kernel": (5, 12), "recurrent_kernel": (3, 12), "bias": (12,)}
+    shapes = {
+        "embedding": (num_words, 5),
+        **{f"{side}.{name}": shape for side in ("forward", "backward") for name, shape in recurrent.items()},
+        "hidden.kernel": (6, 4), "hidden.bias": (4,), "output.kernel": (4, 6), "output.bias": (6,),
+    }  # fmt: skip
+    weights = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return ToxicityClassifier(weights, max_words)
+
+
+def _nontoxic() -> ToxicityReward:
+    """Knows most of the policy's words, and fewer places than the texts have."""
+    from trainers.tiny import word_tokenizer
+
+    vocabulary = WordVocabulary(("", *(f"w{index}" for index in range(3, 19))), " ,")
+    classifier = toxicity_classifier(len(vocabulary.words), max_words=4)
+    return ToxicityReward(classifier, vocabulary, word_tokenizer(), link="logit")
+
+
 def reward_columns(num_rows: int) -> dict[str, list]:
     """What rewards read of the data set: prompts, targets, and token ids of one reference or two a row."""
     generator = torch.Generator().manual_seed(8)
@@ -236,12 +260,13 @@ ALL_REWARDS = {
     "likelihood": lambda: _likelihood(LikelihoodReward),
     "target likelihood": lambda: _likelihood(TargetLikelihoodReward, baseline=True, separator="w20"),
     "aligned classifier": _aligned_classifier,
+    "nontoxic": _nontoxic,
     "length": LengthReward,
     "length, target": lambda: LengthReward(target=3.5, scale=2.0),
 }
 # These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
 REWARDS_OF_FEW_WEIGHTS = (
-    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "length",
+    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "nontoxic", "length",
     "length, target",
 )  # fmt: skip
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")

@@ -89,7 +89,7 @@ def test_a_tokenizer_is_read(pickled):
     [{"char_level": True}, {"oov_token": "?"}, {"lower": False}, {"word_index": None}, {"word_index": {"a": 2}}],
 )
 def test_other_tokenizers_are_refused(pickled, settings):
-    with pytest.raises(AssetError, match="holds no Keras tokenizer of words|word ids of"):
+    with pytest.raises(AssetError, match=r"holds no Keras tokenizer of words|word ids of"):
         read_tokenizer(pickled(Tokenizer(**settings)))
 
 

@@ -27,7 +27,8 @@ class TrainArguments:
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
             `gradient_accumulation_steps` of at least 2.
         reward_funcs (`list[str]`, *optional*, defaults to `["sentiment"]`):
-            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), `"bleu"`,
+            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), `"nontoxic"` (one
+            minus the probability of toxicity by a classifier over words, fetched at its first use), `"bleu"`,
             `"rouge1"`, `"rouge2"` or `"rougeL"` (of the policy's tokens, against the data set's column `reference`),
             a file saved by `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or
             folder), or a dotted path to a reward, to a differentiable function of soft tokens, or to what makes one.
@@ -56,7 +57,9 @@ class TrainArguments:
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["sentiment"],
-        metadata={"help": "'sentiment', 'bleu', 'rougeL', a saved reward, a classifier's name, or a dotted path."},
+        metadata={
+            "help": "'sentiment', 'nontoxic', 'bleu', 'rougeL', a saved reward, a classifier's name, or a dotted path."
+        },
     )
     judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'none' or a dotted path."})
     dataset_name: str = field(

@@ -195,12 +195,13 @@ def main(argv: list[str]) -> int:
         print(f"softrl train: {error}", file=sys.stderr)
         return 2
     from softrl.rewards.aligned_reward_model import AlignedClassifierReward
+    from softrl.rewards.toxicity import ToxicityReward
     from softrl.trainers.callbacks import InterruptCallback
 
     interrupt = InterruptCallback()
     trainer.add_callback(interrupt)
     for reward in trainer.rewards.rewards if hasattr(trainer, "rewards") else []:
-        if isinstance(reward, AlignedClassifierReward):
+        if isinstance(reward, AlignedClassifierReward | ToxicityReward):
             trainer.accelerator.print(f"Reward {reward.name!r} has another tokenizer: {reward.coverage}.")
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:

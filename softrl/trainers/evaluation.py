@@ -21,6 +21,7 @@ from softrl.objectives.token_terms import token_outputs
 from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import Reward, WeightedRewards
 from softrl.rewards.repetition import RepetitionPenalty
+from softrl.rewards.toxicity import ToxicityReward
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.truncation import Truncation
@@ -95,7 +96,7 @@ def hard_scores(
     total = sum(weight * values for weight, values in zip(rewards.weights, each, strict=True))
     scores = {f"rewards/{reward.name}": values for reward, values in zip(rewards.rewards, each, strict=True)}
     for reward in rewards.rewards:
-        if isinstance(reward, AlignedClassifierReward):
+        if isinstance(reward, AlignedClassifierReward | ToxicityReward):
             decoded = reward.hard_decoded(completions.tokens, completions.mask, **batch.columns)
             scores[f"rewards/{reward.name}_decoded"] = decoded.float()
     return scores | {"reward/hard": total}
