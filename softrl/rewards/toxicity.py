@@ -68,16 +68,17 @@ class ToxicityClassifier(nn.Module):
             words: embeddings in the order of the text.
             presence: in [0, 1].
         """
-        kept = presence * _between_0_and_1(self.max_words - _sum_behind(presence))
-        pads = self.max_words - kept.sum(-1)
-        count = int(pads.detach().amax().ceil()) if len(pads) else 0
-        behind = torch.arange(count - 1, -1, -1, device=pads.device)  # pads between each and the text
-        padding = self.weights["embedding"][0].to(words.dtype).expand(len(words), count, -1)
-        pooled = self._pooled(
-            torch.cat([padding, words], 1), torch.cat([_between_0_and_1(pads[:, None] - behind), kept], 1)
-        )
-        hidden = torch.relu(pooled @ self.weights["hidden_kernel"] + self.weights["hidden_bias"])
-        return hidden @ self.weights["output_kernel"] + self.weights["output_bias"]
+        with torch.autocast(words.device.type, enabled=False):  # a hundred steps of a recurrence need float32
+            kept = presence * _between_0_and_1(self.max_words - _sum_behind(presence))
+            pads = self.max_words - kept.sum(-1)
+            count = int(pads.detach().amax().ceil()) if len(pads) else 0
+            behind = torch.arange(count - 1, -1, -1, device=pads.device)  # pads between each and the text
+            padding = self.weights["embedding"][0].to(words.dtype).expand(len(words), count, -1)
+            pooled = self._pooled(
+                torch.cat([padding, words], 1), torch.cat([_between_0_and_1(pads[:, None] - behind), kept], 1)
+            )
+            hidden = torch.relu(pooled @ self.weights["hidden_kernel"] + self.weights["hidden_bias"])
+            return hidden @ self.weights["output_kernel"] + self.weights["output_bias"]
 
     def _pooled(self, inputs: Float[Tensor, "N S D"], presence: Float[Tensor, "N S"]) -> Float[Tensor, "N outputs"]:
         """The largest outputs over time, forward and backward, of the slots that are present.

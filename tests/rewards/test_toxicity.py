@@ -186,6 +186,15 @@ def test_texts_without_a_word(length):
     assert torch.isfinite(torch.autograd.grad(rewards.sum(), weights)[0]).all()
 
 
+def test_mixed_precision_changes_nothing():
+    reward, tokens = reward_of(link="logit").float(), mixed_tokens()
+    tokens = tokens.with_weights(tokens.weights.float())
+    expected = reward.soft(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reward.soft(tokens)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
 def test_hard_is_decoded():
     reward, texts = reward_of(), random_texts(40, 10, seed=5)
     mask = torch.arange(10) < torch.randint(1, 11, (40, 1), generator=torch.Generator().manual_seed(2))
