@@ -1,16 +1,18 @@
 """The toxicity reward: its network against torch's LSTM, its words against the text's and against enumeration."""
 
 import inspect
-import itertools
 
 import pytest
 import torch
 from helpers import toxicity_classifier
 from test_alignment import byte_level
+from tokenizers import Tokenizer, decoders, models
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from softrl import assets
 from softrl.assets import WordVocabulary
+from softrl.masking import mask_through_eos
 from softrl.rewards.base import checked_hard, checked_soft, one_hot_tokens
 from softrl.rewards.resolve import resolve_rewards
 from softrl.rewards.spelling import soft_words, spelling_of
@@ -36,6 +38,9 @@ def ids_of(*pieces):
     return [several[0] for several in ids]
 
 
+STOPPING = {"hard stopping": (), "soft stopping": (EOS,), "a word that ends the text": tuple(ids_of(" mor"))}
+
+
 def random_texts(count, length, seed=0):
     """Token ids that often spell words: cut from the corpus, every way of cutting, with other tokens between."""
     generator = torch.Generator().manual_seed(seed)
@@ -49,18 +54,23 @@ def random_texts(count, length, seed=0):
 
 
 def mixed_tokens(eos_ids=(), kept=3):
-    """Three texts of 6, 4 and 1 steps that spell words of several tokens, mixed with others."""
+    """Three texts of 6, 5 and 1 steps that spell words of several tokens, mixed with others.
+
+    The third token may end the text; behind it stands what would go on with its word, and what would begin another.
+    """
     generator = torch.Generator().manual_seed(1)
     ids = torch.stack([random_texts(3, 6, seed) for seed in range(kept)], -1)
-    ids[:, 2, 0] = EOS if eos_ids else ids[:, 2, 0]
+    ids[:, 2, 0] = eos_ids[0] if eos_ids else ids[:, 2, 0]
+    ids[:, 3, :2] = torch.tensor(ids_of("on", ","))
+    ids[:, 4, 0] = ids_of("s")[0]
     weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64) + 0.1
-    mask = torch.arange(6) < torch.tensor([6, 4, 1])[:, None]
+    mask = torch.arange(6) < torch.tensor([6, 5, 1])[:, None]
     return SoftTokens(ids, weights / weights.sum(-1, keepdim=True), mask, eos_ids)
 
 
-def written(tokens):
+def written(tokens, spelling=SPELLING):
     """Presence of every word in every slot, [N, L, words]."""
-    found = soft_words(tokens, SPELLING)
+    found = soft_words(tokens, spelling)
     presence = found.presence.new_zeros(found.presence.numel(), len(WORDS))
     presence.index_put_((found.slot, found.ids), found.weights * found.presence.flatten()[found.slot], True)
     return presence.view(*found.presence.shape, -1)
@@ -96,17 +106,31 @@ def test_absent_words_are_skipped_exactly():
     assert (network(embedded, 0.5 * present) - kept).abs().max() > 1e-3
 
 
-def test_tokens_spell_the_words_of_their_text():
-    texts = random_texts(300, 8)
-    spelt = written(one_hot_tokens(texts, torch.ones_like(texts, dtype=torch.bool)))
+def pieces_with_separators_inside():
+    """A tokenizer whose tokens end one word and begin another, as no byte-level BPE's do."""
+    pieces = ["<eos>", "th", "e, a", "e,film th", " mor", "on!", "s", "e", " b,a b"]
+    backend = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="s"))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "separators inside tokens"])
+def test_tokens_spell_the_words_of_their_text(kind):
+    tokenizer, texts, unseen = POLICY, random_texts(300, 8), {"mor", "als", "ass"}
+    if kind != "byte-level":  # every text of four tokens
+        tokenizer, unseen = pieces_with_separators_inside(), {"moral", "it's", "assume", "assumed", "als"}
+        texts = torch.cartesian_prod(*[torch.arange(1, len(tokenizer))] * 4)
+    one_hot = one_hot_tokens(texts, torch.ones_like(texts, dtype=torch.bool))
+    spelt = written(one_hot, spelling_of(tokenizer, VOCABULARY, len(tokenizer)))
     seen = set()
-    for row, text in zip(spelt, POLICY.batch_decode(texts), strict=True):
+    decoded = tokenizer.batch_decode(texts, clean_up_tokenization_spaces=False)
+    for row, text in zip(spelt, decoded, strict=True):
         expected = [word for word in VOCABULARY.words_of(text) if word in WORDS]
         slots, words = row.nonzero().unbind(-1)
         assert [WORDS[index] for index in words.tolist()] == expected, text
         assert (row[slots, words] == 1.0).all()
         seen.update(expected)
-    assert seen == set(WORDS[1:]) - {"mor", "als", "ass"}, "or this shows little"
+    assert seen == set(WORDS[1:]) - unseen, "or this shows little"
 
 
 def test_a_word_has_many_spellings_and_a_part_of_one_is_none():
@@ -120,25 +144,23 @@ def test_a_word_has_many_spellings_and_a_part_of_one_is_none():
     assert totals.sum(-1).tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("eos_ids", [(), (EOS,)], ids=["hard stopping", "soft stopping"])
+@pytest.mark.parametrize("eos_ids", STOPPING.values(), ids=STOPPING)
 def test_presence_is_the_probability_of_the_word(eos_ids):
     """By enumeration: the mean over all texts that independent tokens stand for."""
     tokens = mixed_tokens(eos_ids)
     found = written(tokens)
     for row, length in enumerate(tokens.mask.sum(-1).tolist()):
+        choices = torch.cartesian_prod(*[torch.arange(tokens.ids.shape[-1])] * length).view(-1, length)
+        steps = torch.arange(length)
+        ids, probabilities = (values[row][steps, choices] for values in (tokens.ids, tokens.weights))
+        each = written(one_hot_tokens(ids, mask_through_eos(ids, eos_ids)))
         expected = torch.zeros_like(found[row])
-        for choice in itertools.product(range(tokens.ids.shape[-1]), repeat=length):
-            steps = range(length)
-            ids = [int(tokens.ids[row, step, k]) for step, k in zip(steps, choice, strict=True)]
-            probability = torch.stack([tokens.weights[row, step, k] for step, k in zip(steps, choice, strict=True)])
-            end = ids.index(EOS) + 1 if EOS in ids and eos_ids else length
-            one = written(one_hot_tokens(torch.tensor([ids[:end]]), torch.ones(1, end, dtype=torch.bool)))[0]
-            expected[: len(one)] += probability.prod() * one.double()
+        expected[:length] = torch.einsum("c,clw->lw", probabilities.prod(-1), each.double())
         torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-9)
     assert ((found > 0.01) & (found < 0.99)).sum() > 10
 
 
-@pytest.mark.parametrize("eos_ids", [(), (EOS,)], ids=["hard stopping", "soft stopping"])
+@pytest.mark.parametrize("eos_ids", STOPPING.values(), ids=STOPPING)
 @pytest.mark.parametrize("max_words", [2, 6])
 def test_gradient_against_finite_differences(eos_ids, max_words):
     """With texts that are cut, and with texts that are padded."""
@@ -195,8 +217,10 @@ def test_mixed_precision_changes_nothing():
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
 
 
-def test_hard_is_decoded():
-    reward, texts = reward_of(), random_texts(40, 10, seed=5)
+@pytest.mark.parametrize("max_words", [2, 6])
+def test_hard_is_decoded(max_words):
+    """With texts that are cut, and with texts that are padded."""
+    reward, texts = reward_of(max_words), random_texts(40, 10, seed=5)
     mask = torch.arange(10) < torch.randint(1, 11, (40, 1), generator=torch.Generator().manual_seed(2))
     hard = checked_hard(reward, texts, mask)
     torch.testing.assert_close(hard, reward.hard_decoded(texts, mask), rtol=1e-9, atol=1e-9)
