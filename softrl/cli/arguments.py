@@ -68,7 +68,8 @@ class TrainArguments(DataArguments):
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
             `gradient_accumulation_steps` of at least 2.
         reward_funcs (`list[str]`, *optional*, defaults to `["sentiment"]`):
-            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), `"bleu"`,
+            `"sentiment"` (the embedded token-linear classifier, fitted for the policy's tokenizer), `"nontoxic"` (one
+            minus the probability of toxicity by a classifier over words, fetched at its first use), `"bleu"`,
             `"rouge1"`, `"rouge2"` or `"rougeL"` (of the policy's tokens, against the data set's column `reference`),
             `"similarity"` (cosine of all-MiniLM-L6-v2's sentence embeddings of the completion and of that column),
             a file saved by `TokenLinearReward.save`, a sequence classifier in the policy's vocabulary (hub name or
@@ -86,7 +87,7 @@ class TrainArguments(DataArguments):
     reward_funcs: list[str] = field(
         default_factory=lambda: ["sentiment"],
         metadata={
-            "help": "'sentiment', 'rougeL', 'similarity', a saved reward, a classifier's name, or a dotted path."
+            "help": "'sentiment', 'bleu', 'similarity', 'nontoxic', a saved reward, a classifier's name, or a dotted path."
         },
     )
     judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'token_linear', 'none' or a dotted path."})

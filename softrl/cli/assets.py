@@ -17,7 +17,10 @@ PIECES = {
     "smollm2-135m": "SmolLM2-135M-Instruct",
     "sentiment-reward": "token-linear sentiment reward",
     "sentiment-judge": "sentiment judge",
+    "toxicity": "toxicity classifier",
 }
+# Pieces that `softrl assets` does not make, and what does.
+FETCHED_BY = {"toxicity": 'fetched for the reward "nontoxic"'}
 
 
 def main(argv: list[str]) -> int:
@@ -68,7 +71,7 @@ def listing(cache: Path) -> list[str]:
             total_bytes += size_bytes
             lines += [f"  {card['title']:<34} {_size(size_bytes):>8}  {folder}", *_accuracy_lines(card)]
         if not folders:
-            lines.append(f"  {title:<34} {'absent':>8}  run `softrl assets`")
+            lines.append(f"  {title:<34} {'absent':>8}  {FETCHED_BY.get(name, 'run `softrl assets`')}")
     return [*lines, "", f"  {'total':<34} {_size(total_bytes):>8}"]
 
 

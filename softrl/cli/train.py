@@ -224,13 +224,13 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"softrl train: {error}", file=sys.stderr)
         return 2
-    from softrl.rewards.aligned import AlignedReward
+    from softrl.rewards.base import ReadsDecodedText
     from softrl.trainers.callbacks import InterruptCallback
 
     interrupt = InterruptCallback()
     trainer.add_callback(interrupt)
     for reward in trainer.rewards.rewards if hasattr(trainer, "rewards") else []:
-        if isinstance(reward, AlignedReward):
+        if isinstance(reward, ReadsDecodedText):
             trainer.accelerator.print(f"Reward {reward.name!r} has another tokenizer: {reward.coverage}.")
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:

@@ -37,6 +37,17 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsDecodedText(Protocol):
+    """What a reward with a tokenizer of its own has besides: a score of the decoded text, logged beside the others."""
+
+    coverage: Any  # how much of the policy's vocabulary it knows; its str() says so
+
+    def hard_decoded(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any) -> Float[Tensor, "N"]:
+        """Rewards of the decoded texts as the reward's own tokenizer cuts them."""
+        ...
+
+
 TrlReward = Callable[..., list[float]]
 
 

@@ -23,10 +23,11 @@ from softrl.rewards.reward_model import SequenceClassifierReward, has_other_ids
 from softrl.rewards.similarity import EmbeddingSimilarityReward
 from softrl.rewards.text import TextReward, not_differentiable
 from softrl.rewards.token_linear import TokenLinearReward
+from softrl.rewards.toxicity import ToxicityReward
 
 _PARTS_OF_A_REWARD = ("name", "vocab_size", "soft", "hard")
 _TRL_PARAMETERS = ("completions", "completion_ids", "prompts")
-_SHORT_NAMES = ", ".join(map(repr, ("sentiment", "bleu", *get_args(RougeType), "similarity")))
+_SHORT_NAMES = ", ".join(map(repr, ("sentiment", "bleu", *get_args(RougeType), "similarity", "nontoxic")))
 _ACCEPTED = (
     "a reward object (see softrl.rewards.base.Reward), a sequence classifier of transformers, a differentiable "
     "function f(tokens: SoftTokens, **columns) -> Tensor [N], or a name (str)"
@@ -56,6 +57,7 @@ def resolve_rewards(
         reward_funcs: one item or a list of them:
             - an object with a soft and a hard face, taken as it is;
             - "sentiment", the built-in classifier, fitted for the policy's tokenizer;
+            - "nontoxic", one minus the probability of toxicity by a classifier over words, see `ToxicityReward`;
             - "bleu", "rouge1", "rouge2" or "rougeL", against the data set's column `reference`;
             - "similarity", the cosine of all-MiniLM-L6-v2's embeddings of the completion and of that column;
             - a file that `TokenLinearReward.save` wrote;
@@ -120,6 +122,8 @@ def _named(text: str, policy: _Policy) -> Reward:
         if policy.name:
             return sentiment_reward(policy.name)
         return sentiment_reward(policy.tokenizer, vocab_size=policy.vocab_size)
+    if text == "nontoxic":
+        return ToxicityReward.pretrained(policy.tokenizer, vocab_size=policy.vocab_size)
     if text == "bleu":
         return BleuReward(policy.tokenizer)
     if text in get_args(RougeType):

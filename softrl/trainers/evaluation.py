@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from softrl.masking import per_sequence_sum
 from softrl.models.policy import Policy, evaluating
 from softrl.objectives.token_terms import token_outputs
-from softrl.rewards.aligned import AlignedReward
-from softrl.rewards.base import Reward, WeightedRewards
+from softrl.rewards.base import ReadsDecodedText, Reward, WeightedRewards
 from softrl.rewards.repetition import RepetitionPenalty
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
@@ -95,7 +94,7 @@ def hard_scores(
     total = sum(weight * values for weight, values in zip(rewards.weights, each, strict=True))
     scores = {f"rewards/{reward.name}": values for reward, values in zip(rewards.rewards, each, strict=True)}
     for reward in rewards.rewards:
-        if isinstance(reward, AlignedReward):
+        if isinstance(reward, ReadsDecodedText):
             decoded = reward.hard_decoded(completions.tokens, completions.mask, **batch.columns)
             scores[f"rewards/{reward.name}_decoded"] = decoded.float()
     return scores | {"reward/hard": total}

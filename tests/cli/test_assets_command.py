@@ -38,6 +38,7 @@ def test_list_shows_what_is_there_and_what_is_not(cache, capsys, monkeypatch):
         f"the reward 196.9 kB {cache / 'sentiment-reward-49152-abc'}",
         "right on reviews it was not fitted on: rotten tomatoes snippets 74.4%, imdb whole 87.0%",
         "sentiment judge absent run `softrl assets`",
+        'toxicity classifier absent fetched for the reward "nontoxic"',
         "",
         "total 34.8 MB",
     ]
