@@ -294,9 +294,7 @@ ALL_REWARDS = {
 # These look at few of the weights, and length only at what ends a text: there is no gradient with hard stopping.
 REWARDS_OF_FEW_WEIGHTS = (
     "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "similarity",
-    "discriminator", "length", "length, target",
-    "repetition", "bleu", "bleu, add-k", "rouge1", "rouge2", "rougeL", "aligned classifier", "nontoxic", "length",
-    "length, target",
+    "discriminator", "nontoxic", "length", "length, target",
 )  # fmt: skip
 REWARDS_OF_SURVIVAL_ALONE = ("length", "length, target")
 

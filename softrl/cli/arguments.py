@@ -87,7 +87,7 @@ class TrainArguments(DataArguments):
     reward_funcs: list[str] = field(
         default_factory=lambda: ["sentiment"],
         metadata={
-            "help": "'sentiment', 'bleu', 'similarity', 'nontoxic', a saved reward, a classifier's name, or a dotted path."
+            "help": "'sentiment', 'bleu', 'nontoxic', ..., a saved reward, a classifier's name, or a dotted path."
         },
     )
     judge: str = field(default="sentiment", metadata={"help": "'sentiment', 'token_linear', 'none' or a dotted path."})
