@@ -57,13 +57,14 @@ def main(argv: list[str]) -> int:
     from softrl.assets import AssetError
 
     try:
-        return _fit(*_parsed(argv[1:]))
+        return _fit(*parsed(argv[1:]))
     except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
 
 
-def _parsed(argv: list[str]) -> tuple[RewardFitArguments, Any, Any]:
+def parsed(argv: list[str]) -> tuple[RewardFitArguments, Any, Any]:
+    """Recipe and command line, the latter winning."""
     from trl import ModelConfig
 
     from softrl.cli.arguments import parse_recipe

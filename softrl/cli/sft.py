@@ -12,13 +12,14 @@ def main(argv: list[str]) -> int:
     from softrl.assets import AssetError
 
     try:
-        return _train(*_parsed(argv))
+        return _train(*parsed(argv))
     except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
 
 
-def _parsed(argv: list[str]) -> tuple[Any, Any, Any]:
+def parsed(argv: list[str]) -> tuple[Any, Any, Any]:
+    """Recipe and command line, the latter winning."""
     from trl import ModelConfig
 
     from softrl.cli.arguments import DataArguments, parse_recipe

@@ -14,6 +14,7 @@ from trainers.tiny import word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, Qwen2Config
 from trl import get_peft_config
 
+from softrl.cli import reward, sft
 from softrl.cli.train import find_recipe, parse
 from softrl.models.policy import Policy, check_policy
 from softrl.rewards.token_linear import TokenLinearReward
@@ -22,9 +23,11 @@ from softrl.trainers import SoftRolloutTrainer
 pytestmark = pytest.mark.slow  # imports trl
 
 FOLDER = find_recipe("quickstart").parent
-STUDIES = FOLDER / "studies"  # recipes of other commands
+OF_OTHER_COMMANDS = {"studies", "rewards"}
 RECIPES = {
-    str(path.relative_to(FOLDER)): path for path in sorted(FOLDER.rglob("*.yaml")) if STUDIES not in path.parents
+    str(path.relative_to(FOLDER)): path
+    for path in sorted(FOLDER.rglob("*.yaml"))
+    if path.relative_to(FOLDER).parts[0] not in OF_OTHER_COMMANDS
 }
 V = 80
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -51,6 +54,20 @@ def test_every_recipe_parses_and_says_where_its_run_goes(name):
     assert Path(training.output_dir).parent == Path("runs")
     assert arguments.num_train_prompts >= training.per_device_train_batch_size
     assert RECIPES[name].read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "\nsft:" in RECIPES[name].read_text()])
+def test_a_recipe_with_a_supervised_start_goes_on_from_it(name):
+    _, start, _ = sft.parsed(["--config", str(RECIPES[name])])
+    _, training, model = parse(["--config", str(RECIPES[name])])
+    assert model.model_name_or_path == start.output_dir != training.output_dir
+
+
+@pytest.mark.parametrize("name", ["rewards/minilm", "rlhf/reviews"])
+def test_reward_recipes_parse_and_policies_are_trained_on_what_they_make(name):
+    _, training, _ = reward.parsed(["--config", name])
+    arguments, _, _ = parse(["--config", {"rewards/minilm": "reviews/minilm"}.get(name, name)])
+    assert arguments.reward_funcs == [training.output_dir]
 
 
 def test_no_two_recipes_write_to_the_same_folder():
