@@ -17,12 +17,20 @@ def main(argv: list[str]) -> int:
     bound.add_argument(
         "--output", type=Path, default=Path("runs/entropy-bound.csv"), help="CSV and PNG (runs/entropy-bound.csv)"
     )
+    overlap = studies.add_parser(
+        "overlap-bias", help="soft BLEU and ROUGE against mean hard scores, as tokens sharpen"
+    )
+    overlap.add_argument("--texts", type=int, default=64, help="references (64)")
+    overlap.add_argument("--samples", type=int, default=100, help="hard texts drawn from each soft one (100)")
+    overlap.add_argument(
+        "--output", type=Path, default=Path("runs/overlap-bias.csv"), help="CSV and PNG (runs/overlap-bias.csv)"
+    )
     given = parser.parse_args(argv)
 
     from softrl.assets import AssetError
 
     try:
-        return _entropy_bound(given)
+        return {"entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias}[given.study](given)
     except (AssetError, ValueError) as error:
         print(f"softrl study: {error}", file=sys.stderr)
         return 1
@@ -37,5 +45,21 @@ def _entropy_bound(given: argparse.Namespace) -> int:
     bounds = BOUNDS_NATS if given.bounds is None else given.bounds
     figure = given.output.with_suffix(".png")
     run(trainer, given.relaxations, bounds, given.prompts, given.steps, given.output, figure)
+    print(f"Written to {given.output} and {figure}.")
+    return 0
+
+
+def _overlap_bias(given: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from softrl.assets import language_model
+    from softrl.studies.overlap_bias import run
+
+    figure = given.output.with_suffix(".png")
+    rows = run(AutoTokenizer.from_pretrained(language_model()), given.texts, given.samples, given.output, figure)
+    print(f"{'reward':<8} {'nats':>6} {'soft':>7} {'hard':>7} {'bias':>16}")
+    for row in rows:
+        error = f"{row.bias:+.4f} ± {row.bias_se:.4f}"
+        print(f"{row.reward:<8} {row.entropy_nats:>6.2f} {row.soft:>7.3f} {row.hard:>7.3f} {error:>16}")
     print(f"Written to {given.output} and {figure}.")
     return 0
