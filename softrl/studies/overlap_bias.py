@@ -102,7 +102,7 @@ def plot(rows: list[Row], path: Path) -> None:
         )  # fmt: skip
     axis.axhline(0.0, color="grey", linewidth=0.8)
     axis.set_xlabel("entropy of a soft token, nats")
-    axis.set_ylabel("soft score less the mean hard score (± two standard errors)")
+    axis.set_ylabel("soft less mean hard score, ± 2 standard errors")
     axis.grid(alpha=0.3)
     axis.legend()
     with write_atomically(path) as temporary:
