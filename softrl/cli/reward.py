@@ -61,6 +61,13 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"\n{PROG}: interrupted; nothing was saved but its checkpoints. Where there are some (--save_strategy steps "
+            "--save_steps N), go on with --resume_from_checkpoint latest.",
+            file=sys.stderr,
+        )
+        return 130
 
 
 def parsed(argv: list[str]) -> tuple[RewardFitArguments, Any, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from softrl.data.reviews import LabelledText, Part, load_reviews, pieces, sample, snippets, unit_hash
 
@@ -21,14 +22,15 @@ def labelled_texts(name: str, part: Part, num_train: int, num_test: int) -> tupl
     """Texts to fit a classifier on and others to measure it on.
 
     Args:
-        name: "reviews", or what `_loaded` takes, with columns `text` and `label` (0 or 1).
+        name: "reviews", a file (.csv, .json, .jsonl, .parquet), a folder of `save_to_disk` or a hub name, with columns
+            `text` and `label` (0 or 1).
         part: of "reviews": which half is fitted on, "judge" or "reward"; the other one is measured on. They are
             snippets of Rotten Tomatoes and pieces of 32 words of IMDB reviews.
         num_train, num_test: texts at most.
     Returns:
         Training and held-out texts, columns `text` and `label`; with "reviews" also `source`.
     Raises:
-        ValueError: an unknown part, a missing column, or a label that is neither 0 nor 1.
+        ValueError: an unknown part, data that cannot be read, a missing column, or a label that is neither 0 nor 1.
     """
     if name == BUILTIN:
         _check_part(part)
@@ -44,7 +46,7 @@ def preference_pairs(name: str, part: Part, prompt: str, num_train: int, num_tes
     """Pairs of texts of which the first is preferred, to fit a reward model on, and others to measure it on.
 
     Args:
-        name: "reviews": a favourable and an unfavourable piece at random; or what `_loaded` takes, with columns
+        name: "reviews": a favourable and an unfavourable piece at random; or as in `labelled_texts`, with columns
             `chosen`, `rejected` and, if there is one, `prompt`.
         part: see `labelled_texts`.
         prompt: of "reviews": what stands before both.
@@ -52,7 +54,7 @@ def preference_pairs(name: str, part: Part, prompt: str, num_train: int, num_tes
     Returns:
         Training and held-out pairs in TRL's format, columns `prompt`, `chosen`, `rejected`.
     Raises:
-        ValueError: an unknown part, or a missing column.
+        ValueError: an unknown part, data that cannot be read, or a missing column.
     """
     if name == BUILTIN:
         _check_part(part)
@@ -95,11 +97,17 @@ def _loaded(name: str, columns: tuple[str, ...]) -> tuple[Dataset, Dataset]:
     A tenth is held out where there is no second split.
     """
     loaded: Any
-    if Path(name).is_file():
-        suffix = Path(name).suffix.lstrip(".")
-        loaded = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=name)
-    else:
-        loaded = load_from_disk(name) if Path(name).is_dir() else load_dataset(name)
+    try:
+        if Path(name).is_file():
+            suffix = Path(name).suffix.lstrip(".")
+            loaded = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=name)
+        else:
+            loaded = load_from_disk(name) if Path(name).is_dir() else load_dataset(name)
+    except (DatasetsError, OSError) as error:
+        raise ValueError(
+            f"dataset_name={name!r} cannot be read ({error.__cause__ or error}); pass {BUILTIN!r}, a hub name, a "
+            "folder saved by save_to_disk, or a .csv, .json, .jsonl or .parquet file"
+        ) from error
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if "test" not in splits:
         only = next(iter(splits.values()))
