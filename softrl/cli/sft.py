@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            f"\n{PROG}: interrupted; nothing was saved but its checkpoints. Where there are some (--save_strategy steps "
+            f"\n{PROG}: interrupted; nothing was saved but its checkpoints. Where it has any (--save_strategy steps "
             "--save_steps N), go on with --resume_from_checkpoint latest.",
             file=sys.stderr,
         )

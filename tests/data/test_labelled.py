@@ -79,7 +79,7 @@ def test_bad_data_is_named(tmp_path, reviews):
         labelled_texts(str(tmp_path / "wrong.jsonl"), "judge", 10, 10)
     (tmp_path / "broken.json").write_text("{")
     for name in ("broken.json", "nothing.jsonl"):
-        with pytest.raises(ValueError, match="cannot be read .*pass 'reviews'"):
+        with pytest.raises(ValueError, match=r"cannot be read .*pass 'reviews'"):
             labelled_texts(str(tmp_path / name), "judge", 10, 10)
     Dataset.from_dict({"chosen": ["a"] * 50}).to_json(tmp_path / "pairs.jsonl")
     with pytest.raises(ValueError, match="rejected"):
