@@ -45,7 +45,8 @@ class Discriminator(nn.Module):
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
-        weight = embedding.weight.detach().clone()
+        source: Any = embedding
+        weight = source.weight.detach().clone()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         # Embeddings of trained models are small and of different scales: the convolutions see unit deviations.
         self.embedding = nn.Embedding.from_pretrained(weight / weight.std(), freeze=True)

@@ -73,3 +73,19 @@ def test_weighted_rewards_are_the_weighted_sum():
         WeightedRewards(parts, [1.0])
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         WeightedRewards([])
+
+
+@pytest.mark.parametrize("name", ALL_REWARDS)
+def test_an_empty_text_has_a_finite_reward_and_no_gradient_that_is_not(name):
+    """The first row wrote nothing: a hard rollout cannot make one, a user's own data can."""
+    reward, tokens = ALL_REWARDS[name](), soft_tokens(EOS_IDS)
+    mask = tokens.mask.clone()
+    mask[0] = False
+    empty = SoftTokens(tokens.ids, tokens.weights.clone().requires_grad_(), mask, EOS_IDS)
+    values = reward.soft(empty, **COLUMNS)
+    assert torch.isfinite(values).all()
+    (grad,) = torch.autograd.grad(values.sum(), empty.weights)
+    assert torch.isfinite(grad).all()
+    assert grad[0].abs().max() == 0.0
+    ids = tokens.ids[..., 0]
+    torch.testing.assert_close(reward.hard(ids, mask, **COLUMNS)[0], values[0].detach(), check_dtype=False)

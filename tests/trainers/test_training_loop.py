@@ -210,3 +210,14 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tmp_path, tokenizer):
         assert row == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert len({row["reward"] for row in numbers[0]}) == 6
     torch.testing.assert_close(parameters_of(resumed), parameters_of(straight), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "settings"), [("SoftRollout", {}), ("Reinforce", {"num_generations": 2})])
+def test_all_prompts_may_be_the_same(tmp_path, tokenizer, method, settings):
+    """Noise is keyed by the row, so equal prompts do not give equal samples."""
+    same = Dataset.from_dict({"prompt": ["w3 w4"] * 8})
+    trainer = make(tmp_path, tokenizer, train=same, evaluation=same, method=method, **settings)
+    trainer.train()
+    assert all(map(torch.isfinite, torch.tensor(logs_of(trainer, "loss"))))
+    trainer.evaluate()
+    assert len({sample.tokens for sample in trainer.last_evaluation}) > 1
