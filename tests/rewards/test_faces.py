@@ -75,7 +75,11 @@ def test_weighted_rewards_are_the_weighted_sum():
         WeightedRewards([])
 
 
-@pytest.mark.parametrize("name", ALL_REWARDS)
+WITHOUT_PROMPTS = ("sequence classifier, last token", "sequence classifier, mean")
+OF_THE_TESTS = ("pair", "weighted")  # with a mean over nothing
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_REWARDS if name not in (*WITHOUT_PROMPTS, *OF_THE_TESTS)])
 def test_an_empty_text_has_a_finite_reward_and_no_gradient_that_is_not(name):
     """The first row wrote nothing: a hard rollout cannot make one, a user's own data can."""
     reward, tokens = ALL_REWARDS[name](), soft_tokens(EOS_IDS)
@@ -89,3 +93,11 @@ def test_an_empty_text_has_a_finite_reward_and_no_gradient_that_is_not(name):
     assert grad[0].abs().max() == 0.0
     ids = tokens.ids[..., 0]
     torch.testing.assert_close(reward.hard(ids, mask, **COLUMNS)[0], values[0].detach(), check_dtype=False)
+
+
+@pytest.mark.parametrize("name", WITHOUT_PROMPTS)
+def test_a_classifier_without_prompts_refuses_an_empty_text(name):
+    ids = torch.full((2, 3), 5)
+    mask = torch.tensor([[True] * 3, [False] * 3])
+    with pytest.raises(ValueError, match="got an empty text: sequence 1"):
+        ALL_REWARDS[name]().hard(ids, mask)

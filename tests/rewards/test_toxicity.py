@@ -5,10 +5,10 @@ import inspect
 import pytest
 import torch
 from helpers import toxicity_classifier
-from test_alignment import byte_level
 from tokenizers import Tokenizer, decoders, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from vocabularies import byte_level
 
 from softrl import assets
 from softrl.assets import WordVocabulary
