@@ -45,7 +45,7 @@ Fits a reward model and saves it with what it was measured at on held-out data: 
 reliability diagram. Without arguments MiniLM becomes a classifier of favourable film reviews (five to ten minutes on
 two cores). `softrl train --reward_funcs FOLDER` then trains a policy on it, whatever its tokenizer is.
 
-`softrl reward fit --help` lists every key; a recipe is rewards/minilm or one of your own.
+`softrl reward fit --help` lists every key; a recipe is minilm/reviews or one of your own.
 """
 
 

@@ -33,8 +33,7 @@ def test_quickstart_recipe_is_found_by_name_and_overridden(tmp_path):
 
 def test_every_shipped_recipe_parses():
     folder = find_recipe("quickstart").parent
-    of_others = (folder / "studies", folder / "rewards")
-    recipes = [path for path in sorted(folder.rglob("*.yaml")) if not set(of_others) & set(path.parents)]
+    recipes = [path for path in sorted(folder.rglob("*.yaml")) if folder / "studies" not in path.parents]
     assert recipes
     for path in recipes:
         parse(["--config", str(path)])
