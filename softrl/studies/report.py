@@ -174,7 +174,7 @@ def plot_training(log_history: list[dict[str, float]], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(axis.lines) > 1:
+        if len(axis.lines) > 1 or axis.lines[0].get_label() not in title:
             axis.legend(fontsize=8)
         if title.startswith("gap"):
             axis.axhline(0.0, color="grey", linewidth=0.8)
