@@ -42,7 +42,7 @@ class RewardFitArguments:
 USAGE = """usage: softrl reward fit [--config RECIPE] [--key value ...]
 
 Fits a reward model and saves it with what it was measured at on held-out data: accuracy, calibration, a card and a
-reliability diagram. Without arguments MiniLM becomes a classifier of favourable film reviews (five to ten minutes on
+reliability diagram. Without arguments MiniLM becomes a classifier of favourable film reviews (a quarter of an hour on
 two cores). `softrl train --reward_funcs FOLDER` then trains a policy on it, whatever its tokenizer is.
 
 `softrl reward fit --help` lists every key; a recipe is minilm/reviews or one of your own.
@@ -84,16 +84,13 @@ def parsed(argv: list[str]) -> tuple[RewardFitArguments, Any, Any]:
 def _fit(arguments: RewardFitArguments, args: Any, model_args: Any) -> int:
     from trl import get_peft_config
 
+    from softrl._store import CARD
     from softrl.cli.train import checkpoint_to_resume
     from softrl.data.labelled import labelled_texts, preference_pairs
-    from softrl.trainers.reward_model_fitting import (
-        check_output_dir,
-        fit_classifier,
-        fit_preferences,
-        save_reward_model,
-    )
+    from softrl.trainers.loading import check_output_dir
+    from softrl.trainers.reward_model_fitting import fit_classifier, fit_preferences, save_reward_model
 
-    check_output_dir(args.output_dir)
+    check_output_dir(args.output_dir, CARD, "a reward model")
     checkpoint = checkpoint_to_resume(args)
     loading = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}

@@ -43,10 +43,10 @@ def _train(arguments: Any, args: Any, model_args: Any) -> int:
 
     from softrl.assets import resolve_model, write_folder_atomically
     from softrl.cli.train import checkpoint_to_resume, load_prompts
-    from softrl.trainers.loading import supported_dtype
+    from softrl.trainers.loading import check_output_dir, supported_dtype
 
     folder = Path(args.output_dir)
-    _check_output_dir(folder)
+    check_output_dir(folder, "config.json", "a model")
     checkpoint = checkpoint_to_resume(args)
     name = resolve_model(model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
@@ -97,13 +97,3 @@ def _encoded(rows: Any, tokenizer: Any, append_eos: bool, name: str) -> Any:
         }
 
     return rows.map(encode, remove_columns=rows.column_names)
-
-
-def _check_output_dir(folder: Path) -> None:
-    """Raise a ValueError where the model would replace a folder that holds something else."""
-    inside = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-    if inside and "config.json" not in inside and not any(each.startswith("checkpoint-") for each in inside):
-        raise ValueError(
-            f"output_dir={str(folder)!r} holds something else than a model ({sorted(inside)[0]}, ...) and would be "
-            "replaced; name another folder"
-        )

@@ -136,3 +136,22 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     declared = configured.eos_token_id if configured is not None else None
     declared = declared if isinstance(declared, list) else [declared]
     return tuple(dict.fromkeys(eos for eos in (tokenizer.eos_token_id, *declared) if eos is not None))
+
+
+def check_output_dir(folder: str | Path, mark: str, what: str) -> None:
+    """Raise a ValueError where a result would replace a folder that holds something else.
+
+    Args:
+        folder: where the result goes; it may not exist yet.
+        mark: the file that every earlier result has; a folder of checkpoints may be replaced too.
+        what: the result, in words.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder")
+    inside = [each.name for each in path.iterdir()] if path.is_dir() else []
+    if inside and mark not in inside and not any(name.startswith("checkpoint-") for name in inside):
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds something else than {what} ({sorted(inside)[0]}, ...) and would be "
+            "replaced; name another folder"
+        )

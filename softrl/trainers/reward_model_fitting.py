@@ -24,11 +24,10 @@ from softrl._store import CARD
 from softrl.assets import resolve_model, write_folder_atomically
 from softrl.data.reviews import unit_hash
 from softrl.rewards.calibration import Calibration, ReliabilityBin, fitted_temperature, measure, reliability
-from softrl.trainers.loading import supported_dtype
+from softrl.trainers.loading import check_output_dir, supported_dtype
 from softrl.trainers.reward_model_config import RewardModelConfig
 
 _VALIDATION_FRACTION = 0.1
-_OURS = (CARD, "checkpoint-")  # what a folder may hold that is written over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,7 @@ def save_reward_model(fitted: FittedRewardModel, folder: str | Path) -> None:
     Raises:
         ValueError: see `check_output_dir`.
     """
-    check_output_dir(folder)
+    check_output_dir(folder, CARD, "a reward model")
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     with write_folder_atomically(folder) as temporary:
         fitted.model.save_pretrained(temporary)
@@ -169,19 +168,6 @@ def save_reward_model(fitted: FittedRewardModel, folder: str | Path) -> None:
         (temporary / CARD).write_text(json.dumps({**fitted.facts, "held_out": held_out}, indent=2) + "\n", "utf-8")
         (temporary / "README.md").write_text(_model_card(fitted, Path(folder).name), "utf-8")
         plot_reliability(fitted, temporary / "reliability.png")
-
-
-def check_output_dir(folder: str | Path) -> None:
-    """Raise a ValueError where a reward model would replace a folder that holds something else."""
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder")
-    inside = [each.name for each in path.iterdir()] if path.is_dir() else []
-    if inside and not any(name.startswith(_OURS) for name in inside):
-        raise ValueError(
-            f"output_dir={str(folder)!r} holds something else than a reward model ({sorted(inside)[0]}, ...) and "
-            "would be replaced; name another folder"
-        )
 
 
 def plot_reliability(fitted: FittedRewardModel, path: Path) -> None:
