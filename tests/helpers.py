@@ -232,7 +232,7 @@ def _discriminator() -> Discriminator:
     from trainers.tiny import word_tokenizer
 
     torch.manual_seed(4)
-    return Discriminator(nn.Embedding(V, 6), word_tokenizer(), width=5).double()
+    return Discriminator(gpt2(), word_tokenizer(), width=5)
 
 
 def toxicity_classifier(num_words: int, max_words: int) -> ToxicityClassifier:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from softrl.assets import write_atomically
 from softrl.rewards.base import one_hot_tokens
@@ -17,6 +18,7 @@ from softrl.trainers.gan_config import AdversarialArguments
 from softrl.types import SoftTokens
 
 FILE_NAME = "discriminator.pt"
+Text = tuple[Tensor, Tensor]  # states [S, D], or [N, S, D], and what each token counts
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,21 @@ class Adversary:
         self.seed = seed
         self.num_updates = 0
         self.pairs: list[Pair] = []
-        self.optimizer = torch.optim.AdamW(discriminator.trainable(), lr=args.discriminator_learning_rate)
+        self._read: list[tuple[Text, Text]] = []  # of each pair, generated and real: the frozen layers read it once
+        self.optimizer = torch.optim.AdamW(discriminator.head.parameters(), lr=args.discriminator_learning_rate)
 
-    def add(self, pairs: list[Pair]) -> None:
-        """Put completions into the buffer, the oldest ones out of it."""
+    @torch.no_grad()
+    def add(self, pairs: list[Pair]) -> float:
+        """Put completions into the buffer, the oldest ones out of it; returns how many of the new ones it tells right.
+
+        That share, of real and generated ones together, is of completions that it was not trained on. Far below its
+        accuracy in training it overfits.
+        """
+        read = self._states(pairs)
         self.pairs = [*self.pairs, *pairs][-self.args.discriminator_buffer_size :]
+        self._read = [*self._read, *read][-self.args.discriminator_buffer_size :]
+        generated, real = self._batch(read)
+        return _accuracy(self.discriminator.log_odds(*real), self.discriminator.log_odds(*generated)).item()
 
     def train(self, num_steps: int, accelerator: Accelerator) -> dict[str, float]:
         """Update the discriminator; returns its loss, accuracy and slope, means over the updates.
@@ -61,18 +73,12 @@ class Adversary:
         return totals
 
     def _update(self, accelerator: Accelerator) -> dict[str, float]:
-        args, device = self.args, self.discriminator.head.weight.device
+        args = self.args
         seed = sequence_seed(self.seed, self.num_updates, accelerator.process_index, 0)
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(self.pairs), generator=generator)[: args.discriminator_batch_size].tolist()
-        chosen = [self.pairs[row] for row in rows]
-        columns = {"prompt": [pair.prompt for pair in chosen]}
-        shares = torch.rand(len(chosen), generator=generator).to(device)
-        generated, real = (
-            self.discriminator.embedded(_stacked(tokens, device), columns)
-            for tokens in ([pair.generated for pair in chosen], [pair.real for pair in chosen])
-        )
-        generated, real = _of_one_length(generated, real)
+        shares = torch.rand(len(rows), generator=generator)
+        generated, real = self._batch([self._read[row] for row in rows])
         with torch.enable_grad():
             of_real, of_generated = self.discriminator.log_odds(*real), self.discriminator.log_odds(*generated)
             loss = discriminator_loss(of_real, of_generated, args.label_smoothing)
@@ -80,13 +86,36 @@ class Adversary:
             self.optimizer.zero_grad()
             (loss + args.gradient_penalty * penalty).backward()
         if accelerator.num_processes > 1:
-            for parameter in self.discriminator.trainable():
+            for parameter in self.discriminator.head.parameters():
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
-        right = torch.cat([of_real > 0, of_generated < 0]).float().mean()
-        return {"loss": loss.item(), "accuracy": right.item(), "gradient_penalty": penalty.item()}
+        accuracy = _accuracy(of_real, of_generated)
+        return {"loss": loss.item(), "accuracy": accuracy.item(), "gradient_penalty": penalty.item()}
+
+    @torch.no_grad()
+    def _states(self, pairs: list[Pair]) -> list[tuple[Text, Text]]:
+        """States and presence of every generated and real completion, on the CPU."""
+        device, size = next(self.discriminator.head.parameters()).device, self.args.discriminator_batch_size
+        read = []
+        for start in range(0, len(pairs), size):
+            piece = pairs[start : start + size]
+            columns = {"prompt": [pair.prompt for pair in piece]}
+            sides = []
+            for tokens in ([pair.generated for pair in piece], [pair.real for pair in piece]):
+                texts = self.discriminator.states(_stacked(tokens, device), columns)
+                sides.append(list(zip(*(values.cpu().unbind() for values in texts), strict=True)))
+            read += list(zip(*sides, strict=True))
+        return read
+
+    def _batch(self, read: list[tuple[Text, Text]]) -> tuple[Text, Text]:
+        """Generated and real texts, each stacked, all filled up with nothing to one length."""
+        device = next(self.discriminator.head.parameters()).device
+        rows = [text for side in zip(*read, strict=True) for text in side]
+        states, presence = (pad_sequence(list(values), True).to(device) for values in zip(*rows, strict=True))
+        count = len(read)
+        return (states[:count], presence[:count]), (states[count:], presence[count:])
 
     def save(self, folder: str | Path, process_index: int = 0) -> None:
         """Write weights, optimiser and buffer into a checkpoint; other processes than the first their buffers."""
@@ -96,9 +125,7 @@ class Adversary:
         ]
         state: dict[str, Any] = {"buffer": buffer, "num_updates": self.num_updates}
         if process_index == 0:
-            weights = self.discriminator.state_dict()
-            weights.pop("embedding.weight")  # the policy's, and the largest part
-            state |= {"discriminator": weights, "optimizer": self.optimizer.state_dict()}
+            state |= {"head": self.discriminator.head.state_dict(), "optimizer": self.optimizer.state_dict()}
         with write_atomically(Path(folder) / _file_of(process_index)) as temporary:
             torch.save(state, temporary)
 
@@ -115,7 +142,7 @@ class Adversary:
                 "run from its model instead of resuming it"
             )
         state = torch.load(path, weights_only=True)
-        self.discriminator.load_state_dict(state["discriminator"], strict=False)
+        self.discriminator.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         own = Path(folder) / _file_of(process_index)
         state = torch.load(own, weights_only=True) if own.is_file() else {**state, "buffer": []}
@@ -123,6 +150,7 @@ class Adversary:
         self.pairs = [
             Pair(row["prompt"], SoftTokens(**row["generated"]), SoftTokens(**row["real"])) for row in state["buffer"]
         ]
+        self._read = self._states(self.pairs)
 
 
 def pairs_of(prompts: list[Any], generated: SoftTokens, references: list[list[int]]) -> list[Pair]:
@@ -134,6 +162,10 @@ def pairs_of(prompts: list[Any], generated: SoftTokens, references: list[list[in
         own = [values[row : row + 1].detach().cpu() for values in (generated.ids, generated.weights, generated.mask)]
         made.append(Pair(prompt, SoftTokens(*own, generated.eos_ids), real))
     return made
+
+
+def _accuracy(of_real: Tensor, of_generated: Tensor) -> Tensor:
+    return torch.cat([of_real > 0, of_generated < 0]).float().mean()
 
 
 def _file_of(process_index: int) -> str:
@@ -158,12 +190,3 @@ def _stacked(rows: list[SoftTokens], device: torch.device) -> SoftTokens:
         torch.cat([F.pad(row.mask, (0, steps - row.mask.shape[1])) for row in rows]).to(device),
         rows[0].eos_ids,
     )
-
-
-def _of_one_length(*texts: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Embedded texts filled up with nothing to the longest."""
-    longest = max(presence.shape[1] for _, presence in texts)
-    return [
-        (F.pad(embeds, (0, 0, 0, longest - embeds.shape[1])), F.pad(presence, (0, longest - presence.shape[1])))
-        for embeds, presence in texts
-    ]

@@ -18,30 +18,36 @@ class AdversarialArguments:
             Its updates after every rollout.
         discriminator_batch_size (`int`, *optional*, defaults to `32`):
             Real and as many generated completions of an update, drawn from the buffer.
-        discriminator_buffer_size (`int`, *optional*, defaults to `256`):
+        discriminator_buffer_size (`int`, *optional*, defaults to `512`):
             Completions, the last ones, that it is trained on: more than a rollout, so that it neither overfits a small
             batch nor forgets what the generator did before.
-        discriminator_warmup_samples (`int`, *optional*, defaults to `128`):
-            Completions of the start that the buffer is filled with before the first step.
+        discriminator_warmup_samples (`int`, *optional*, defaults to `512`):
+            Completions of the start that the buffer is filled with before the first step. On 128 it overfits: 93%
+            right on them and 59% on others, SmolLM2 against film reviews; on 640 69% and 60%.
         discriminator_warmup_steps (`int`, *optional*, defaults to `100`):
             Updates on these.
-        gradient_penalty (`float`, *optional*, defaults to `1.0`):
-            Weight of the squared norm of its slope between real and generated embeddings.
+        gradient_penalty (`float`, *optional*, defaults to `0.1`):
+            Weight of the squared norm of its slope between real and generated hidden states.
         label_smoothing (`float`, *optional*, defaults to `0.1`):
             What real completions lack of the label 1.
         discriminator_width (`int`, *optional*, defaults to `64`):
-            Features of each window length.
+            Hidden units of its network.
+        discriminator_layers (`int`, *optional*):
+            Of the start's layers, frozen, whose output it reads; 0 reads embeddings, `None` three fifths of all.
     """
 
     discriminator_learning_rate: float = field(default=1e-3, metadata={"help": "Of the discriminator's AdamW."})
     discriminator_steps: int = field(default=4, metadata={"help": "Discriminator updates after every rollout."})
     discriminator_batch_size: int = field(default=32, metadata={"help": "Real and generated completions of each."})
-    discriminator_buffer_size: int = field(default=256, metadata={"help": "The last completions that it trains on."})
-    discriminator_warmup_samples: int = field(default=128, metadata={"help": "Completions before the first step."})
+    discriminator_buffer_size: int = field(default=512, metadata={"help": "The last completions that it trains on."})
+    discriminator_warmup_samples: int = field(default=512, metadata={"help": "Completions before the first step."})
     discriminator_warmup_steps: int = field(default=100, metadata={"help": "Discriminator updates on these."})
-    gradient_penalty: float = field(default=1.0, metadata={"help": "Weight of its squared slope."})
+    gradient_penalty: float = field(default=0.1, metadata={"help": "Weight of its squared slope."})
     label_smoothing: float = field(default=0.1, metadata={"help": "What real completions lack of the label 1."})
-    discriminator_width: int = field(default=64, metadata={"help": "Features of each window length."})
+    discriminator_width: int = field(default=64, metadata={"help": "Hidden units of the discriminator's network."})
+    discriminator_layers: int | None = field(
+        default=None, metadata={"help": "Frozen layers of the start that it reads through; None: three fifths of all."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

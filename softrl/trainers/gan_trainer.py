@@ -33,7 +33,8 @@ class AdversarialMixin:
     The data set needs a column `reference`, the real completion of each prompt. Before the first step the
     discriminator is trained on completions of the start. After every rollout the generator's gradient is taken, with
     the discriminator as it was, and then the discriminator is updated, by an optimiser of its own. Its loss, accuracy
-    and slope are logged as `discriminator/...`; a checkpoint has its weights, optimiser and buffer.
+    (in training, and on the rollout before it is trained on) and slope are logged as `discriminator/...`; a checkpoint
+    has its weights, optimiser and buffer.
 
     Overrides `__init__`, `make_rewards`, `training_step` (the first updates), `finish_step` (the others),
     `_save_checkpoint` and `_load_from_checkpoint`.
@@ -57,8 +58,9 @@ class AdversarialMixin:
             raise ValueError(
                 f"reward_funcs={items!r}: a text GAN needs {DISCRIMINATOR!r} among them, once; others may be added"
             )
-        embedding = self.policy.causal_lm.get_input_embeddings()
-        self.discriminator = Discriminator(embedding, tokenizer, args.discriminator_width)
+        self.discriminator = Discriminator(
+            self.policy.model, tokenizer, args.discriminator_width, args.discriminator_layers
+        )
         place = items.index(DISCRIMINATOR)
         return super().make_rewards(
             [*items[:place], self.discriminator, *items[place + 1 :]], tokenizer, policy_name, args
@@ -72,9 +74,10 @@ class AdversarialMixin:
     def finish_step(self) -> None:
         super().finish_step()
         pending, self._pending = self._pending, []
-        self.adversary.add(pending)
         with self._metrics.timed(DISCRIMINATOR):
+            unseen = self.adversary.add(pending)
             measured = self.adversary.train(self.args.discriminator_steps, self.accelerator)
+        measured["accuracy_unseen"] = unseen
         self._metrics.add({f"{DISCRIMINATOR}/{name}": value for name, value in measured.items()})
 
     def keep(self, batch: PromptBatch, tokens: SoftTokens) -> None:

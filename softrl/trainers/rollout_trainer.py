@@ -226,8 +226,8 @@ class RolloutTrainer(BaseTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._metrics.timed_step():
             loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:  # the last micro-batch of the step
-            self.finish_step()
+            if self.accelerator.sync_gradients:  # the last micro-batch of the step
+                self.finish_step()
         return loss
 
     def finish_step(self) -> None:

@@ -40,7 +40,7 @@ def test_the_generator_learns_to_write_what_is_real(tmp_path, method):
     trainer.train()
     assert before < 0.2
     assert share_of(trainer, 9) > before + 0.3
-    for name in ("loss", "accuracy", "gradient_penalty"):
+    for name in ("loss", "accuracy", "accuracy_unseen", "gradient_penalty"):
         assert len(logs_of(trainer, f"discriminator/{name}")) == 30
 
 
@@ -79,7 +79,7 @@ def test_an_update_is_one_of_adamw_on_the_loss_of_real_and_generated_texts(tmp_p
     of_generated = torch.cat([start.soft(pair.generated, prompt=[pair.prompt]) for pair in adversary.pairs])
     (-(0.9 * of_real.sigmoid().log() + 0.1 * (-of_real).sigmoid().log()).mean() / 2).backward()
     (-(-of_generated).sigmoid().log().mean() / 2).backward()
-    for parameter, own in zip(trainer.discriminator.trainable(), start.trainable(), strict=True):
+    for parameter, own in zip(trainer.discriminator.head.parameters(), start.head.parameters(), strict=True):
         first_moment = adversary.optimizer.state[parameter]["exp_avg"]
         torch.testing.assert_close(first_moment, 0.1 * own.grad, rtol=1e-9, atol=1e-12)
 
