@@ -243,12 +243,21 @@ def find_recipe(name: str) -> Path:
     Raises:
         ValueError: there is none; the message lists those there are.
     """
+    return find_shipped("recipes", name, "recipe")
+
+
+def find_shipped(folder_name: str, name: str, kind: str) -> Path:
+    """A YAML file by path, or by name from a folder that travels with softrl.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
     import softrl
 
     package = Path(softrl.__file__).parent
-    folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+    folders = [folder for folder in (package / folder_name, package.parent / folder_name) if folder.is_dir()]
     for candidate in [Path(name), *(f / name for f in folders), *(f / f"{name}.yaml" for f in folders)]:
         if candidate.is_file():
             return candidate
     shipped = sorted(str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.yaml"))
-    raise ValueError(f"no recipe {name!r}: it is neither a file nor one of {shipped}")
+    raise ValueError(f"no {kind} {name!r}: it is neither a file nor one of {shipped}")

@@ -29,12 +29,15 @@ def main(argv: list[str]) -> int:
     from transformers.utils import logging
 
     from softrl.assets import AssetError
+    from softrl.cli.launch import launch
 
     datasets.disable_progress_bars()  # of data and weights that load in a blink; training has a bar of its own
     logging.disable_progress_bar()
     resume = ["--resume_from_checkpoint", "latest"] if "--resume" in argv else []
     argv = [argument for argument in argv if argument != "--resume"]
     try:
+        if (status := launch("quickstart", argv)) is not None:
+            return status
         arguments, training_args, model_args = parse(["--config", "quickstart", *argv, *resume], "softrl quickstart")
         checkpoint = checkpoint_to_resume(training_args)
         started = time.perf_counter()

@@ -216,8 +216,11 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
 def main(argv: list[str]) -> int:
     """Train; save the model, and say how to resume when interrupted."""
     from softrl.assets import AssetError
+    from softrl.cli.launch import launch
 
     try:
+        if (status := launch("train", argv)) is not None:
+            return status
         arguments, training_args, model_args = parse(argv)
         checkpoint = checkpoint_to_resume(training_args)
         trainer = build_trainer(arguments, training_args, model_args)

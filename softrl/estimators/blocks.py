@@ -99,7 +99,8 @@ def _block(
         is_last = sweeps + 1 == length
         raw = raw + state.pull(hidden, embeds, cotangents.to(hidden.dtype), with_later=False, is_last=is_last)
         new = clipped(raw, settings.adjoint_clip)
-        residual, change, found, sweeps = relative_change(new, found), new - found, new, sweeps + 1
+        residual = system.policy.largest(relative_change(new, found))
+        change, found, sweeps = new - found, new, sweeps + 1
         if residual <= system.tol:
             return found, residual, sweeps
     return found, 0.0, sweeps  # as many sweeps as steps: exact

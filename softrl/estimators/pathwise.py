@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from softrl.estimators.adjoint import solve_cotangents
 from softrl.estimators.base import Cost, Problem, UnbiasedFor
 from softrl.estimators.system import AdjointSettings, Cotangents, ForwardPass, recorded_embeds
 from softrl.masking import survival_sum
-from softrl.models.policy import Policy, chunk_length, evaluating
+from softrl.models.policy import Policy, chunk_length, evaluating, recomputed
 from softrl.objectives.token_terms import DirectTerms, token_outputs, token_values
 from softrl.rewards.base import Reward, checked_soft
 from softrl.tokens.relaxation import Relaxation
@@ -168,10 +167,7 @@ def _kept_logits(policy: Policy, hidden: Float[Tensor, "N T D"], rollout: Rollou
     """Logits of the kept ids, in chunks that are recomputed in the backward pass."""
     flat, ids = hidden.flatten(0, 1), rollout.support.ids.flatten(0, 1)
     size = chunk_length(ids.shape[-1] * hidden.shape[-1])
-    pieces = [
-        checkpoint(policy.kept_logits, *piece, use_reentrant=False)
-        for piece in zip(flat.split(size), ids.split(size), strict=True)
-    ]
+    pieces = [recomputed(policy.kept_logits, *piece) for piece in zip(flat.split(size), ids.split(size), strict=True)]
     return torch.cat(pieces).view(rollout.support.ids.shape)
 
 
@@ -187,7 +183,7 @@ def _embedding_term(policy: Policy, estimate: Estimate) -> Float[Tensor, "N"]:
 
     size = chunk_length(ids.shape[-1] * adjoint.shape[-1])
     bounds = [(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
-    pieces = [checkpoint(piece_of, start, stop, use_reentrant=False) for start, stop in bounds]
+    pieces = [recomputed(piece_of, start, stop) for start, stop in bounds]
     return torch.cat(pieces).view(rollout.mask.shape).sum(-1)
 
 

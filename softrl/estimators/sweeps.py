@@ -18,7 +18,7 @@ def parallel(system: System, forward: ForwardPass) -> Cotangents:
         cotangent = (system.by_hidden + system.pulled(weights)).to(forward.hidden.dtype)
         (new,) = torch.autograd.grad(forward.hidden, forward.embeds, cotangent, retain_graph=True)
         new = clipped(new, settings.adjoint_clip)
-        residual = relative_change(new, adjoint)
+        residual = system.policy.largest(relative_change(new, adjoint))
         adjoint, sweeps = new, sweeps + 1
         weights = system.direct + system.feedback(adjoint)
         if residual <= system.tol:

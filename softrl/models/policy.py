@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softrl.models.kv import num_key_value_layers
@@ -35,6 +36,15 @@ _CHUNK_ELEMENTS = 2**23  # 32 MiB in float32: bounds every temporary that has a 
 def chunk_length(elements_per_item: int) -> int:
     """How many items of that size fit into one chunk; at least one."""
     return max(1, _CHUNK_ELEMENTS // elements_per_item)
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a model's parts whose activations the backward pass computes again.
+
+    Whether it computes the same is not checked: of a frozen parameter that ZeRO-3 has freed after the call the check
+    sees the shape (0,), while the backward pass, which gathers it again, reads what it should.
+    """
+    return checkpoint(function, *arguments, use_reentrant=False, determinism_check="none")
 
 
 def unwrap(model: Any) -> Any:
@@ -62,6 +72,10 @@ class Policy:
             and at scoring alike.
         norm_correction: see `mixture_embedding`.
         context: entered around every use of the model; a LoRA reference passes `model.disable_adapter`.
+
+    Attributes:
+        largest: of a number, over all processes that have to call the model equally often, since they shard its
+            parameters; what decides how often it is called goes through it. Alone, a process keeps its own number.
     Raises:
         TypeError: the model has no parallel forward over `inputs_embeds`, or no output embeddings.
         ValueError: temperature <= 0, unknown norm correction, or prompt-learning adapters.
@@ -81,6 +95,7 @@ class Policy:
         self.temperature = temperature
         self.norm_correction = norm_correction
         self.context = context
+        self.largest: Callable[[float], float] = float
         # Any: to a type checker every attribute of an nn.Module is a Tensor or a Module.
         self.causal_lm: Any = unwrap(model)
         self.decoder: Any = self.causal_lm.base_model
@@ -100,7 +115,9 @@ class Policy:
 
     def at_temperature(self, temperature: float) -> "Policy":
         """The same model with another sampling temperature."""
-        return Policy(self.model, temperature, self.norm_correction, self.context)
+        other = Policy(self.model, temperature, self.norm_correction, self.context)
+        other.largest = self.largest
+        return other
 
     @property
     def vocab_size(self) -> int:

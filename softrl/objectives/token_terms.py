@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from softrl.masking import survival_sum
-from softrl.models.policy import Policy, chunk_length
+from softrl.models.policy import Policy, chunk_length, recomputed
 from softrl.tokens.divergences import entropy, kl_divergence
 from softrl.tokens.truncation import Truncation, nucleus
 
@@ -215,7 +214,7 @@ def token_outputs(
     else:
         reference_pieces = reference_hidden.flatten(0, 1).split(size)
     results = [
-        checkpoint(_chunk, policy, piece, ids_piece, reference, reference_piece, truncation, use_reentrant=False)
+        recomputed(_chunk, policy, piece, ids_piece, reference, reference_piece, truncation)
         for piece, ids_piece, reference_piece in zip(hidden_pieces, id_pieces, reference_pieces, strict=True)
     ]
     kept, normalizers, entropies, kls = (torch.cat(parts) for parts in zip(*results, strict=True))

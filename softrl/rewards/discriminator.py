@@ -21,12 +21,12 @@ from softrl.types import SoftTokens
 
 
 class Discriminator(nn.Module):
-    """Log-odds that a completion is real: a mean over its tokens of a small network on a language model's hidden states.
+    """Log-odds that a completion is real: a mean over its tokens of a small network on a language model's states.
 
     As a reward: with the best discriminator the log-odds are `log p_data − log π` of a completion, so their mean under
-    the policy is minus the reverse KL to the data. The hidden states are of a frozen copy of the policy's first layers,
-    without which a few hundred completions teach it nothing that holds on others. They are causal, so what stands
-    behind a token has no say in its state, and a token counts by its survival in the mean alone.
+    the policy is minus the reverse KL to the data. The hidden states are of a frozen copy of the policy's first
+    layers, without which a few hundred completions teach it nothing that holds on others. They are causal, so what
+    stands behind a token has no say in its state, and a token counts by its survival in the mean alone.
 
     Args:
         model: the policy's causal LM, or a PEFT model around one; its first layers are copied as they are now.
@@ -116,7 +116,9 @@ def _first_layers(decoder: nn.Module, num_layers: int | None) -> tuple[Any, int]
     number = round(depth * 3 / 5) if num_layers is None else num_layers
     if not 0 <= number <= depth:
         raise ValueError(f"num_layers must be from 0 to the model's {depth} layers, got {number}")
-    lists = [name for name, child in source.named_children() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    lists = [
+        name for name, child in source.named_children() if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
     if len(lists) != 1:
         raise TypeError(f"{type(decoder).__name__} has no one list of {depth} layers that a discriminator could copy")
     kept = min(number + 1, depth)  # of the last layer of a model transformers gives the normalised output only

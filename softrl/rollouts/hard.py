@@ -54,7 +54,7 @@ def hard_rollout(
                 scores = scores + random.gumbel(scores.shape[-1], scores.dtype)
             tokens.append(scores.argmax(-1))
             ended |= is_any_of(tokens[-1], eos_ids)
-            if step == num_steps - 1 or ended.all():
+            if step == num_steps - 1 or not policy.largest(float(not ended.all())):
                 break
             hidden = policy.advance(state, policy.embed(tokens[-1])[:, None])[:, 0]
     stacked = torch.stack(tokens, 1)

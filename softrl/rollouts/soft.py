@@ -69,7 +69,8 @@ def soft_rollout(
         random: one stream a sequence, N = B * G.
         num_steps: T, in tokens.
         num_samples: G samples a prompt; the prompt is prefilled once.
-        eos_ids: a sequence ends at the first of these; generation stops early when all have.
+        eos_ids: a sequence ends at the first of these; generation stops early when all have, those of other processes
+            included where these shard the model.
         soft_stopping: weigh every token by its survival instead, the probability under the fed weights that no such
             id came before it, and differentiate through it. For one-hot tokens both are the same in value.
         on_step: called after every step with its index.
@@ -103,7 +104,7 @@ def soft_rollout(
                 else is_any_of(support.tokens(), eos_ids)
             )
             going_on = going_on * (1.0 - ends.to(going_on.dtype))
-            if step == num_steps - 1 or (going_on < NEGLIGIBLE_SURVIVAL).all():
+            if step == num_steps - 1 or policy.largest(going_on.max().item()) < NEGLIGIBLE_SURVIVAL:
                 break
             hidden = policy.advance(state, policy.embed_soft(support.ids, q)[:, None])[:, 0]
     support = Support.stacked(supports)

@@ -5,6 +5,7 @@ Left out: the loss, streamed data sets, several evaluation samples a prompt.
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,14 @@ from softrl.trainers._bridge import BaseTrainer
 from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
 from softrl.trainers.callbacks import GamingCallback
 from softrl.trainers.completions import CompletionLog
+from softrl.trainers.engines import (
+    check_engine,
+    check_wrapped,
+    largest_over_processes,
+    make_ready,
+    parts_callable,
+    shards_parameters,
+)
 from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, repetition, summary
 from softrl.trainers.loading import (
     eos_token_ids,
@@ -137,6 +146,7 @@ class RolloutTrainer(BaseTrainer):
         self._metrics = MetricLog()
         self._step_kl: list[float] = []  # nats a token, of the step's micro-batches
         self.last_evaluation: list[Sample] = []
+        self._engine_is_ready = False
         super().__init__(
             model=model,
             args=args,
@@ -149,6 +159,9 @@ class RolloutTrainer(BaseTrainer):
         )
         if args.early_stop_on_gap is not None or args.early_stop_on_judge_drop is not None:
             self.add_callback(GamingCallback(args.early_stop_on_gap, args.early_stop_on_judge_drop))
+        check_engine(self.accelerator)
+        if shards_parameters(self.accelerator):
+            self.policy.largest = partial(largest_over_processes, self.accelerator)
         self.eos_ids = eos_token_ids(model, processing_class)
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._completions = CompletionLog(step_size)
@@ -223,9 +236,14 @@ class RolloutTrainer(BaseTrainer):
 
     # Training
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._engine_is_ready:
+            check_wrapped(self.accelerator, model)
+            make_ready(self.accelerator, model)
+            self._engine_is_ready = True
         with self._metrics.timed_step():
-            loss = super().training_step(*args, **kwargs)
+            with parts_callable(self.accelerator, model):
+                loss = super().training_step(model, *args, **kwargs)
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
                 self.finish_step()
         return loss
@@ -322,7 +340,9 @@ class RolloutTrainer(BaseTrainer):
         args = self.args
         samples: list[Sample] = []
         for rows in dataloader:
-            samples += gather_object(self.evaluate_rows(rows))
+            with parts_callable(self.accelerator, self.model_wrapped):
+                measured = self.evaluate_rows(rows)
+            samples += gather_object(measured)
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         by_index = {sample.prompt_index: sample for sample in samples}  # ranks may be padded with repeated rows
         self.last_evaluation = [by_index[index] for index in sorted(by_index)]

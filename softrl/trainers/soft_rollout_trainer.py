@@ -104,8 +104,8 @@ class SoftRolloutTrainer(RolloutTrainer):
     def _shares_a_pass(self, rollout: Rollout) -> bool:
         """Whether phases 2 and 3 may differentiate the same forward pass of the wrapped model.
 
-        Not under engines that shard parameters, whose hooks expect one backward pass for a forward pass, nor with
-        gradient checkpointing, which would recompute the layers in every sweep.
+        Not under engines whose hooks expect one backward pass for a forward pass, nor with gradient checkpointing,
+        which would recompute the layers in every sweep.
         """
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         num_steps, replayable = rollout.mask.shape[1], self.policy.is_replayable

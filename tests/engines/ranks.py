@@ -1,0 +1,136 @@
+"""Tiny trainers on two gloo ranks, engine by engine: `python ranks.py OUTPUT_DIR CASES_JSON`.
+
+Imports once and forks the ranks of every case, so that a case takes seconds. Each rank writes what it saw to
+`OUTPUT_DIR/<name>-<rank>.pt`, or its traceback to `<name>-<rank>.txt`.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+CASE = {"engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False}
+_ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+    "ACCELERATE_GRADIENT_CLIPPING": "auto",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+ENGINES = {
+    "single": {"ACCELERATE_USE_CPU": "true"},
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    **{f"zero{stage}": {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (1, 2, 3)},
+}
+
+
+def on_rank(case, rank, port, folder):
+    """What one rank does: train three steps, write down parameters, losses and what it ran on."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["world"]), "OMP_NUM_THREADS": "1",
+        "LOCAL_WORLD_SIZE": str(case["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_MIXED_PRECISION": "no", **ENGINES[case["engine"]],
+    }  # fmt: skip
+    if case["world"] == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    torch.set_num_threads(1)
+    from engines import cpu_shim
+
+    cpu_shim.install()
+    from helpers import llama
+    from trainers.tiny import logs_of, make, word_tokenizer
+
+    lora = None
+    if case["lora"]:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
+    settings = {
+        "adjoint_tol": 1e-6, "ddp_backend": "gloo" if case["world"] > 1 else None, "bf16": False,
+        "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
+    }  # fmt: skip
+    trainer = make(
+        folder / f"{case['name']}-run", word_tokenizer(), model=llama().float(), peft_config=lora,
+        method=case["method"], **settings,
+    )  # fmt: skip
+    if case["naive"]:
+        two_backwards(trainer)
+    trainer.train()
+    accelerator = trainer.accelerator
+    state = accelerator.get_state_dict(trainer.model_wrapped)
+    torch.save(
+        {
+            "parameters": {} if state is None else {name: value.cpu() for name, value in state.items()},
+            "losses": logs_of(trainer, "loss"),
+            "rewards": logs_of(trainer, "reward"),
+            "world": accelerator.num_processes,
+            "engine": accelerator.distributed_type.value,
+            "wrapper": type(trainer.model_wrapped).__name__,
+        },
+        folder / f"{case['name']}-{rank}.pt",
+    )
+
+
+def two_backwards(trainer):
+    """Make a step of two plain backward passes, half of the rows each."""
+    whole = trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        half = len(inputs) // 2
+        trainer.accelerator.backward(whole(model, inputs[:half]) / 2)
+        return whole(model, inputs[half:]) / 2
+
+    trainer.compute_loss = compute_loss
+
+
+def run(case, folder):
+    """Fork the ranks of a case and wait for them; returns their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(case["world"]):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                on_rank(case, rank, port, folder)
+                code = 0
+            except BaseException:
+                (folder / f"{case['name']}-{rank}.txt").write_text(traceback.format_exc())
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main():
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import accelerate.utils.deepspeed  # noqa: F401
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import softrl.trainers.soft_rollout_trainer  # noqa: F401
+
+    for case in cases:
+        print(case["name"], run({**CASE, **case}, folder), flush=True)
+
+
+if __name__ == "__main__":
+    main()
