@@ -116,6 +116,10 @@ def make_parser(prog: str = "softrl train", trainer: str = TRAINERS[0]) -> Any:
 
     parser = TrlParser((TrainArguments, config_class(trainer), ModelConfig), prog=prog, allow_abbrev=False)
     parser.set_defaults(model_name_or_path="smollm2-135m")
+    parser.epilog = (
+        "Several processes: --accelerate_config NAME|PATH runs the command under `accelerate launch`; NAME is one of "
+        "ddp, fsdp2, zero1, zero2, zero3, cpu, ddp_cpu; --num_processes N and other options of the launch go with it."
+    )
     return parser
 
 

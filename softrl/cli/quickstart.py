@@ -16,6 +16,8 @@ adapter.
 
   --resume          go on from the last checkpoint of an interrupted run
   --output_dir DIR  where to write (runs/quickstart)
+  --accelerate_config NAME
+                    several processes: ddp, fsdp2, zero1, zero2, zero3, ddp_cpu, or a file; --num_processes N
   --key value       any key of `softrl train`; the recipe is recipes/quickstart.yaml
 """
 
@@ -60,23 +62,27 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
         trainer.remove_callback(callback)
     trainer.add_callback(interrupt)
     trainer.add_callback(RewardProgressCallback())
+    is_main, say = trainer.is_world_process_zero(), trainer.accelerator.print
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None and (folder / "before.json").is_file():
         before = load_samples(folder / "before.json")
     else:
         before = evaluated(trainer, "before training")
-        save_samples(before, folder / "before.json")
+        if is_main:
+            save_samples(before, folder / "before.json")
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:
-        print(
+        say(
             f"Stopped at step {trainer.state.global_step}. Go on with: "
             f"{' '.join(['softrl quickstart --resume', *argv])}"
         )
         return 130
     after = evaluated(trainer, "after training")
-    save_samples(after, folder / "after.json")
     trainer.save_model(str(folder))
     trainer.save_state()
+    if not is_main:
+        return 0
+    save_samples(after, folder / "after.json")
     figures = plot_run(trainer.state.log_history, folder)
     print_report(before, after)
     print(
@@ -89,6 +95,6 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
 
 def evaluated(trainer: Any, when: str) -> list[Any]:
     """The samples of an evaluation, which takes a while and says so."""
-    print(f"sampling {len(trainer.eval_dataset)} held-out prompts {when} ...", flush=True)
+    trainer.accelerator.print(f"sampling {len(trainer.eval_dataset)} held-out prompts {when} ...", flush=True)
     trainer.evaluate()
     return trainer.last_evaluation

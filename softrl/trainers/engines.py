@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 ASKED_FOR = "SOFTRL_NUM_PROCESSES"  # set by `--accelerate_config`
 _ENGINES = {"ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED, "ACCELERATE_USE_FSDP": DistributedType.FSDP}
@@ -76,6 +77,16 @@ def processes_asked_for() -> int | None:
     path = Path(given.get("--config_file", ""))
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     return settings.get("num_processes") if isinstance(settings, dict) else None
+
+
+def load_whole_models() -> None:
+    """Keep transformers from loading models in parts under ZeRO-3, whatever `zero3_init_flag` says.
+
+    Parts cannot be called before the engine has wrapped them, and what reads texts beside the policy (reference,
+    rewards, judge) is never wrapped: it is whole on every process. The engine shards the policy when it prepares it.
+    """
+    if is_deepspeed_zero3_enabled():
+        unset_hf_deepspeed_config()
 
 
 def shards_parameters(accelerator: Accelerator) -> bool:

@@ -12,6 +12,7 @@ from softrl.models.policy import Policy
 from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import BaseConfig
+from softrl.trainers.engines import load_whole_models
 from softrl.trainers.precision import bf16_by_default
 
 
@@ -145,6 +146,7 @@ class RolloutConfig(BaseConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
+        load_whole_models()
         if self.num_generations < 1:
             raise ValueError(f"num_generations must be at least 1, got {self.num_generations}")
         if self.per_device_train_batch_size % self.num_generations:
