@@ -83,6 +83,25 @@ def test_sequences_end_at_eos_and_the_rollout_stops_early():
     assert not rollout.mask.all()
 
 
+@pytest.mark.parametrize("soft_stopping", [False, True])
+def test_rollouts_go_on_while_another_process_needs_the_model(soft_stopping):
+    """What is added is masked: the sequences are those of a process alone."""
+    alone, together = Policy(llama()), Policy(llama())
+    together.largest = lambda value: max(value, 1.0)
+    everything = tuple(range(V))  # any token ends a sequence
+    relaxation = relaxation_of("st_gumbel")
+
+    def lengths(policy):
+        soft = soft_rollout(
+            policy, prompts(), relaxation, random_for(3), 4, eos_ids=everything, soft_stopping=soft_stopping
+        )
+        return soft.mask, hard_rollout(policy, prompts(), Truncation(1), random_for(3), 4, eos_ids=everything).mask
+
+    for own, shared in zip(lengths(alone), lengths(together), strict=True):
+        assert own.shape[1] == 1
+        assert shared.tolist() == [[True, False, False, False]] * 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
