@@ -1,5 +1,6 @@
 """Real launches of two processes: the quickstart's recipe under DDP and DeepSpeed, and launches that are refused."""
 
+import json
 import os
 import re
 import signal
@@ -63,8 +64,8 @@ def test_shipped_configurations_are_what_accelerate_reads(path):
         assert loaded.deepspeed_config["zero_stage"] == int(stage.group(1))
 
 
-def run(words, tmp_path, **environment):
-    command = [*words, *SHORT, "--output_dir", str(tmp_path / "run")]
+def run(words, tmp_path, more=(), **environment):
+    command = [*words, *SHORT, *more, "--output_dir", str(tmp_path / "run")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment,
@@ -82,12 +83,14 @@ def accelerate(*words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_the_quickstart_under_deepspeed_from_the_configuration_for_gpus(tmp_path, engine):
+@pytest.mark.parametrize(("engine", "num_steps"), [("zero2", 2), ("zero3", 1)])
+def test_the_quickstart_under_deepspeed_from_the_configuration_for_gpus(tmp_path, engine, num_steps):
     config = ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
     command = accelerate(*config, "-m", "engines.shimmed", "train", "--config", "quickstart")
-    result = run(command, tmp_path, DS_ACCELERATOR="cpu")
-    check(result, tmp_path)
+    # Under ZeRO-3 each pass gathers half a gigabyte through gloo, and a sweep or a token more is one more pass.
+    shorter = ["--max_steps", "1", "--max_completion_length", "2", "--hops", "0", "--beta", "0"]
+    result = run(command, tmp_path, shorter if engine == "zero3" else [], DS_ACCELERATOR="cpu")
+    check(result, tmp_path, num_steps)
 
 
 @pytest.mark.slow
@@ -98,14 +101,15 @@ def test_the_quickstart_under_ddp(tmp_path):
     assert result.stdout.count("held-out prompts, sampled completions") == 1  # the table, by one of the two
 
 
-def check(result, tmp_path):
-    """It trained two steps on two processes, and saved an adapter that loads without softrl."""
+def check(result, tmp_path, num_steps=2):
+    """It trained so many steps on two processes, and saved an adapter."""
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-3000:]
-    state = yaml.safe_load((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
-    assert state["global_step"] == 2
+    checkpoint = tmp_path / "run" / f"checkpoint-{num_steps}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == num_steps
     # A step is the rows of two processes: four sequences of eight tokens of prompt at least.
-    assert state["num_input_tokens_seen"] >= 2 * 4 * 8
+    assert state["num_input_tokens_seen"] >= num_steps * 4 * 8
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
