@@ -71,7 +71,7 @@ def run(words, tmp_path, more=(), **environment):
         env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
     try:
-        output = process.communicate(timeout=300)
+        output = process.communicate(timeout=450)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the ranks too
         raise
