@@ -9,6 +9,7 @@ loaded is tensors, by safetensors and by torch's restricted unpickler.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
@@ -27,6 +29,7 @@ from softrl.assets import sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished"  # in output_dir: what is being written, and what a run that died was writing
+_RESTRICTED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # of torch
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -153,6 +156,30 @@ def require_resumable(checkpoint: str | Path, facts: RunFacts, accelerator: Acce
         )
 
 
+@contextmanager
+def restricted_unpickling(accelerator: Accelerator) -> Iterator[None]:
+    """Have DeepSpeed load its files by torch's restricted unpickler, as the host loads all others.
+
+    It asks `torch.load` for the unrestricted one, which would run whatever code a checkpoint from elsewhere holds.
+    """
+    if accelerator.distributed_type is not DistributedType.DEEPSPEED:
+        yield
+        return
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_RESTRICTED)
+    os.environ[_RESTRICTED] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ[_RESTRICTED]
+        if before is not None:
+            os.environ[_RESTRICTED] = before
+
+
 class CheckpointMixin:
     """
     What makes a trainer's checkpoints whole or absent.
@@ -186,6 +213,10 @@ class CheckpointMixin:
         if resume_from_checkpoint:
             require_resumable(resume_from_checkpoint, self.run_facts, self.accelerator, self.args.ignore_data_skip)
         return super().train(resume_from_checkpoint, *others, **settings)
+
+    def _prepare_for_training(self, *arguments: Any) -> Any:
+        with restricted_unpickling(self.accelerator):
+            return super()._prepare_for_training(*arguments)
 
     def save_own_state(self, folder: Path) -> None:
         """Write what a trainer has beside the host's files into a checkpoint; called on every process."""

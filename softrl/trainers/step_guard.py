@@ -2,7 +2,7 @@
 
 A reward that jumps makes the loss NaN, so that one mechanism leaves a step out: DeepSpeed passes over a step whose
 gradient norm is not finite by itself, for all others the gradients are dropped before the optimizer looks at them.
-The norm is that of all processes, so they agree.
+The norm is that of all processes, so they agree. A learning-rate schedule goes on at such a step, but for DeepSpeed's.
 """
 
 import math
@@ -82,7 +82,8 @@ class StepGuardMixin:
         if math.isfinite(value):
             saved["in_a_row"] = 0
             return norm
-        model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
+        if not self.is_deepspeed_enabled:
+            model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
         saved["skipped"] += 1
         saved["in_a_row"] += 1
         step, limit = self.state.global_step + 1, self.args.max_skipped_steps

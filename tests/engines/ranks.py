@@ -7,13 +7,20 @@ Imports once and forks the ranks of every case, so that a case takes seconds. Ea
 import json
 import os
 import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 
-CASE = {"engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False}
+CASE = {
+    "engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False,
+    "folder": None,  # of the run, instead of one of its own
+    "resume": None,  # a checkpoint, or True
+    "poisoned": 0,  # a step whose gradient is not a number
+    "export": False,  # save the model to `<name>-model`
+}  # fmt: skip
 _ZERO = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
@@ -45,7 +52,7 @@ def on_rank(case, rank, port, folder):
         "LOCAL_WORLD_SIZE": str(case["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "ACCELERATE_MIXED_PRECISION": "no", **ENGINES[case["engine"]],
     }  # fmt: skip
-    if case["world"] == 1:
+    if case["engine"] == "single":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
     torch.set_num_threads(1)
@@ -65,12 +72,16 @@ def on_rank(case, rank, port, folder):
         "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
     }  # fmt: skip
     trainer = make(
-        folder / f"{case['name']}-run", word_tokenizer(), model=llama().float(), peft_config=lora,
+        folder / (case["folder"] or f"{case['name']}-run"), word_tokenizer(), model=llama().float(), peft_config=lora,
         method=case["method"], **settings,
     )  # fmt: skip
     if case["naive"]:
         two_backwards(trainer)
-    trainer.train()
+    if case["poisoned"]:
+        trainer.add_callback(poisoned(trainer, case["poisoned"]))
+    trainer.train(resume_from_checkpoint=case["resume"])
+    if case["export"]:
+        trainer.save_model(str(folder / f"{case['name']}-model"))
     accelerator = trainer.accelerator
     state = accelerator.get_state_dict(trainer.model_wrapped)
     torch.save(
@@ -84,6 +95,20 @@ def on_rank(case, rank, port, folder):
         },
         folder / f"{case['name']}-{rank}.pt",
     )
+
+
+def poisoned(trainer, step):
+    """Make the gradient of a step not a number, on the last rank alone."""
+    from transformers import TrainerCallback
+
+    whole = trainer.compute_loss
+
+    class Poisoned(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            here = state.global_step + 1 == step and args.process_index == args.world_size - 1
+            trainer.compute_loss = (lambda *inputs, **more: whole(*inputs, **more) * torch.nan) if here else whole
+
+    return Poisoned()
 
 
 def two_backwards(trainer):
@@ -117,6 +142,23 @@ def run(case, folder):
             os._exit(code)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def outcomes(folder, cases):
+    """Run cases in a process of its own; returns what a rank of one wrote, by name and rank."""
+    tests = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(tests), "DS_ACCELERATOR": "cpu"}
+    subprocess.run(
+        [sys.executable, str(tests / "engines" / "ranks.py"), str(folder), json.dumps(cases)],
+        env=environment, check=True, capture_output=True, timeout=900,
+    )  # fmt: skip
+
+    def found(name, rank=0):
+        failure = folder / f"{name}-{rank}.txt"
+        assert not failure.exists(), failure.read_text()
+        return torch.load(folder / f"{name}-{rank}.pt")
+
+    return found
 
 
 def main():

@@ -2,21 +2,33 @@
 
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from helpers import llama
 from peft import LoraConfig
 from trainers.tiny import logs_of, make, numbers_of, parameters_of, word_tokenizer
 from transformers import TrainerCallback
 
 from softrl.trainers.callbacks import InterruptCallback
-from softrl.trainers.checkpoints import MANIFEST, CheckpointError, NotResumableError, damage, latest_checkpoint
+from softrl.trainers.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    NotResumableError,
+    RunFacts,
+    damage,
+    latest_checkpoint,
+    restricted_unpickling,
+    write_manifest,
+)
 
 pytestmark = pytest.mark.slow  # imports trl
 
@@ -220,3 +232,36 @@ def test_the_final_model_is_written_file_by_file_into_place(tmp_path, tokenizer)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert (tmp_path / "mine.txt").read_text() == "stays"
     assert not (tmp_path / ".unfinished").exists()
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize("engine", [DistributedType.DEEPSPEED, DistributedType.NO])
+def test_an_engine_that_asks_for_any_pickle_does_not_get_it(tmp_path, monkeypatch, engine):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state": Bomb()}, tmp_path / "states.pt")
+    accelerator = SimpleNamespace(distributed_type=engine)
+    with restricted_unpickling(accelerator):
+        if engine is DistributedType.DEEPSPEED:
+            with pytest.raises(pickle.UnpicklingError):
+                torch.load("states.pt", weights_only=False)
+            assert not Path("exploded").exists()
+    torch.load("states.pt", weights_only=False)  # what others load outside is their own affair
+    assert Path("exploded").exists()
+
+
+def test_the_host_refuses_a_checkpoint_that_would_run_code(copy_of, tokenizer, monkeypatch, tmp_path):
+    """Whoever can change files can change the manifest too; what is loaded must not run code."""
+    monkeypatch.chdir(tmp_path)
+    folder = copy_of / "checkpoint-3"
+    torch.save({"state": Bomb()}, folder / "optimizer.pt")
+    write_manifest(folder, RunFacts("replicated", 1, 4), SimpleNamespace(
+        wait_for_everyone=lambda: None, process_index=0, num_processes=1, is_main_process=True))  # fmt: skip
+    with pytest.raises(pickle.UnpicklingError):
+        make(copy_of, tokenizer, **SAVING).train(resume_from_checkpoint=str(folder))
+    assert not Path("exploded").exists()

@@ -1,14 +1,11 @@
 """Two ranks under every engine against one process: same parameters after three steps, and what is refused."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from engines.ranks import outcomes
 
 from softrl.trainers import engines
 
@@ -53,18 +50,7 @@ def ranks(tmp_path_factory):
     cases = [case("single", method, lora) for method in METHODS for lora in (False, True)]
     cases += [case(*settings) for settings in PARITY]
     cases += [case(engine, naive=True) for engine in ("single", "zero2")]
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "DS_ACCELERATOR": "cpu"}
-    subprocess.run(
-        [sys.executable, str(TESTS / "engines" / "ranks.py"), str(folder), json.dumps(cases)],
-        env=environment, check=True, capture_output=True, timeout=900,
-    )  # fmt: skip
-
-    def found(name, rank=0):
-        failure = folder / f"{name}-{rank}.txt"
-        assert not failure.exists(), failure.read_text()
-        return torch.load(folder / f"{name}-{rank}.pt")
-
-    return found
+    return outcomes(folder, cases)
 
 
 def difference(one, other):
