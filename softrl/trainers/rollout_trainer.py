@@ -24,6 +24,7 @@ from softrl.objectives.token_terms import DirectTerms
 from softrl.rewards.base import Reward, WeightedRewards
 from softrl.rewards.metrics import load_metric
 from softrl.rewards.resolve import resolve_rewards
+from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
 from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
@@ -38,6 +39,7 @@ from softrl.trainers.engines import (
     shards_parameters,
 )
 from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, repetition, summary
+from softrl.trainers.generation_engine import make_engine
 from softrl.trainers.loading import (
     eos_token_ids,
     load_model,
@@ -163,6 +165,8 @@ class RolloutTrainer(BaseTrainer):
         if shards_parameters(self.accelerator):
             self.policy.largest = partial(largest_over_processes, self.accelerator)
         self.eos_ids = eos_token_ids(model, processing_class)
+        self.engine = make_engine(args, self.model, self.accelerator, processing_class)
+        self.sample_hard = hard_rollout if self.engine is None else self.engine.hard_rollout
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._completions = CompletionLog(step_size)
         for module in (*self.rewards.rewards, *([self.reference.model] if self.reference else [])):
@@ -242,6 +246,9 @@ class RolloutTrainer(BaseTrainer):
             make_ready(self.accelerator, model)
             self._engine_is_ready = True
         with self._metrics.timed_step():
+            if self.engine is not None:
+                with self._metrics.timed("push"):
+                    self.engine.push(self.rollout_step)
             with parts_callable(self.accelerator, model):
                 loss = super().training_step(model, *args, **kwargs)
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
@@ -339,6 +346,8 @@ class RolloutTrainer(BaseTrainer):
         """One hard sample a prompt, with the same random streams in every evaluation; metrics of the decoded text."""
         args = self.args
         samples: list[Sample] = []
+        if self.engine is not None:
+            self.engine.push(None)  # the weights of another step may have been loaded
         for rows in dataloader:
             with parts_callable(self.accelerator, self.model_wrapped):
                 measured = self.evaluate_rows(rows)
@@ -359,7 +368,7 @@ class RolloutTrainer(BaseTrainer):
         args = self.args
         evaluator = Evaluator(
             self.policy, self.reference, self.rewards, self.processing_class, self.eos_ids,
-            args.max_completion_length, self.truncation, self.judge, args.seed,
+            args.max_completion_length, self.truncation, self.judge, args.seed, self.sample_hard,
         )  # fmt: skip
         with self.accelerator.autocast():
             return evaluator.samples(self.prompt_batch(rows, 1))
