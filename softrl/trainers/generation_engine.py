@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from softrl.masking import mask_through_eos
@@ -56,8 +57,7 @@ class GenerationEngine:
     """TRL's `VLLMGeneration` as a sampler of a policy.
 
     Args:
-        generation: TRL's object, or one that has its `generate`, its `sync_weights` and the sampling settings as
-            attributes.
+        generation: TRL's object, or one that has its `model`, `generate`, `sync_weights` and sampling settings.
     """
 
     def __init__(self, generation: Any):
@@ -67,14 +67,18 @@ class GenerationEngine:
     def push(self, step: int | None) -> None:
         """Send the policy's weights to the engine, LoRA merged and shards gathered, unless it has that step's.
 
-        All processes call it, where every parameter is sharded as the distributed engine left it.
+        All processes call it, outside `parts_callable`: TRL gathers parameters that are sharded as they are stored.
 
         Args:
             step: the step that rollouts belong to; None sends in any case.
         """
-        if step is None or step != self._pushed:
-            self.generation.sync_weights()
-            self._pushed = step
+        if step is not None and step == self._pushed:
+            return
+        for module in self.generation.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root stays gathered after a call, and TRL's FSDP2 branch knows shards only
+        self.generation.sync_weights()
+        self._pushed = step
 
     def hard_rollout(
         self,

@@ -4,7 +4,12 @@ TRL's own classes run here: a method, an argument or a key that TRL renames fail
 """
 
 import inspect
+import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +215,34 @@ def test_colocated_sampling_is_the_same(tmp_path, tokenizer, monkeypatch):
     assert (engine.pushes, len(engine.requests)) == (3, 3)
     said = {"gpu_memory_utilization": 0.3, "max_model_len": 48, "max_num_seqs": 4, "model_impl": "vllm"}
     assert {name: colocated.settings[name] for name in said} == said
+
+
+def test_two_ranks_that_shard_the_model_train_as_one_process_without_an_engine(tmp_path):
+    """TRL gathers the shards that are sent, merges adapters meanwhile, and deals completions out to the ranks."""
+    cases = [
+        {
+            "name": f"{engine}-{lora}", "engine": engine, "method": "Reinforce", "lora": lora, "world": world,
+            "settings": {"num_generations": 2, "per_device_train_batch_size": 8 // world, "served": world == 2},
+        }
+        for engine, lora, world in [
+            ("single", False, 1), ("single", True, 1), ("fsdp2", False, 2), ("fsdp2", True, 2), ("zero3", True, 2),
+        ]
+    ]  # fmt: skip
+    tests = Path(__file__).parent.parent
+    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run(
+        [sys.executable, str(tests / "engines" / "served_ranks.py"), str(tmp_path), json.dumps(cases)],
+        env=os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}, check=True, capture_output=True, timeout=600,
+    )  # fmt: skip
+    for failure in tmp_path.glob("*.txt"):
+        raise AssertionError(failure.read_text())
+    found = {case["name"]: torch.load(tmp_path / f"{case['name']}-0.pt") for case in cases}
+    for case in cases:
+        alone, here = found[f"single-{case['lora']}"], found[case["name"]]
+        assert here["world"] == case["world"]
+        assert here["rewards"] == pytest.approx(alone["rewards"], abs=1e-5)
+        for name, value in alone["parameters"].items():
+            torch.testing.assert_close(here["parameters"][name], value, rtol=0, atol=1e-5)
 
 
 # Refusals
