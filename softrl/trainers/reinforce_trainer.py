@@ -109,7 +109,7 @@ class ReinforceTrainer(ValueHeadMixin, RolloutTrainer):
         """Samples of the policy, with what the estimator's relaxation records of them."""
         args, random, relaxation = self.args, self.random_for(batch), self.estimator.relaxation
         mixes = relaxation is not None and not relaxation.feeds_one_hot
-        if mixes or (self.engine is None and relaxation is not None and relaxation.samples_policy):
+        if mixes or (self.generation_engine is None and relaxation is not None and relaxation.samples_policy):
             return soft_rollout(
                 self.policy, batch.prompts, relaxation, random, args.max_completion_length, args.num_generations,
                 self.eos_ids, args.soft_stopping,

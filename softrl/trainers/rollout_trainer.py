@@ -165,8 +165,8 @@ class RolloutTrainer(BaseTrainer):
         if shards_parameters(self.accelerator):
             self.policy.largest = partial(largest_over_processes, self.accelerator)
         self.eos_ids = eos_token_ids(model, processing_class)
-        self.engine = make_engine(args, self.model, self.accelerator, processing_class)
-        self.sample_hard = hard_rollout if self.engine is None else self.engine.hard_rollout
+        self.generation_engine = make_engine(args, self.model, self.accelerator, processing_class)
+        self.sample_hard = hard_rollout if self.generation_engine is None else self.generation_engine.hard_rollout
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._completions = CompletionLog(step_size)
         for module in (*self.rewards.rewards, *([self.reference.model] if self.reference else [])):
@@ -246,9 +246,9 @@ class RolloutTrainer(BaseTrainer):
             make_ready(self.accelerator, model)
             self._engine_is_ready = True
         with self._metrics.timed_step():
-            if self.engine is not None:
+            if self.generation_engine is not None:
                 with self._metrics.timed("push"):
-                    self.engine.push(self.rollout_step)
+                    self.generation_engine.push(self.rollout_step)
             with parts_callable(self.accelerator, model):
                 loss = super().training_step(model, *args, **kwargs)
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
@@ -346,8 +346,8 @@ class RolloutTrainer(BaseTrainer):
         """One hard sample a prompt, with the same random streams in every evaluation; metrics of the decoded text."""
         args = self.args
         samples: list[Sample] = []
-        if self.engine is not None:
-            self.engine.push(None)  # the weights of another step may have been loaded
+        if self.generation_engine is not None:
+            self.generation_engine.push(None)  # the weights of another step may have been loaded
         for rows in dataloader:
             with parts_callable(self.accelerator, self.model_wrapped):
                 measured = self.evaluate_rows(rows)

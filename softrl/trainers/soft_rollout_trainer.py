@@ -94,13 +94,13 @@ class SoftRolloutTrainer(RolloutTrainer):
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Phase 1, by our own loop or of an engine's tokens."""
         args, random, relaxation = self.args, self.random_for(batch), self.relaxation
-        if self.engine is None:
+        if self.generation_engine is None:
             return soft_rollout(
                 self.policy, batch.prompts, relaxation, random, args.max_completion_length, args.num_generations,
                 self.eos_ids, args.soft_stopping,
             )  # fmt: skip
         top_k = 0 if relaxation.samples_policy else relaxation.truncation.top_k
-        sampled = self.engine.hard_rollout(
+        sampled = self.generation_engine.hard_rollout(
             self.policy, batch.prompts, relaxation.truncation, random, args.max_completion_length,
             args.num_generations, self.eos_ids, top_k,
         )  # fmt: skip

@@ -173,7 +173,7 @@ def test_adapters_are_merged_into_what_is_sent(through_engine):
     trainer, engine = through_engine(method="Reinforce", peft_config=config, max_steps=2, **GROUPS)
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
-    trainer.engine.push(None)
+    trainer.generation_engine.push(None)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         torch.testing.assert_close(engine.model(ids).logits, trainer.model(ids).logits, rtol=1e-9, atol=1e-11)
