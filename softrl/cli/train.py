@@ -199,6 +199,9 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    from softrl.trainers.checkpoints import latest_checkpoint
+    from softrl.trainers.rollout_config import RolloutConfig
+
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
@@ -207,10 +210,26 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder; pass one, or 'latest'")
         return str(wanted)
     folder = training_args.output_dir
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    newest = (
+        latest_checkpoint if isinstance(training_args, RolloutConfig) else get_last_checkpoint
+    )  # TRL's have no list
+    last = newest(folder) if Path(folder).is_dir() else None
     if last is None:
         raise ValueError(f"resume_from_checkpoint={wanted!r}, but {folder} holds no checkpoint to resume from")
     return last
+
+
+def train(trainer: Any, checkpoint: str | None, command: str) -> int | None:
+    """Train; an exit code where the run cannot go on or cannot start from that checkpoint, which is then said why."""
+    from softrl.trainers.checkpoints import CheckpointError, NotResumableError
+
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (CheckpointError, NotResumableError, FloatingPointError) as error:
+        if trainer.is_world_process_zero():
+            print(f"{command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, NotResumableError) else 1
+    return None
 
 
 def main(argv: list[str]) -> int:
@@ -235,13 +254,12 @@ def main(argv: list[str]) -> int:
     for reward in trainer.rewards.rewards if hasattr(trainer, "rewards") else []:
         if isinstance(reward, ReadsDecodedText):
             trainer.accelerator.print(f"Reward {reward.name!r} has another tokenizer: {reward.coverage}.")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if interrupt.interrupted:
-        trainer.accelerator.print(
-            f"Stopped at step {trainer.state.global_step}. Resume with: softrl train {' '.join(argv)} "
-            "--resume_from_checkpoint latest"
-        )
-        return 130
+    resume = f"softrl train {' '.join(argv)} --resume_from_checkpoint latest"
+    if (status := train(trainer, checkpoint, "softrl train")) is not None:
+        return status
+    if interrupt.signal is not None:
+        trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. Resume with: {resume}")
+        return interrupt.exit_code
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if trainer.is_world_process_zero():

@@ -37,7 +37,7 @@ class AdversarialMixin:
     has its weights, optimiser and buffer.
 
     Overrides `__init__`, `make_rewards`, `training_step` (the first updates), `finish_step` (the others),
-    `_save_checkpoint` and `_load_from_checkpoint`.
+    `save_own_state` and `_load_from_checkpoint`.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = DISCRIMINATOR, args: Any = None, *others: Any, **settings: Any):
@@ -114,9 +114,8 @@ class AdversarialMixin:
             f"Discriminator after {args.discriminator_warmup_steps} updates on the start: {numbers}"
         )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+    def save_own_state(self, folder: Path) -> None:
+        super().save_own_state(folder)
         self.adversary.save(folder, self.accelerator.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

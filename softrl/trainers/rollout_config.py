@@ -69,6 +69,15 @@ class RolloutConfig(VLLMConfig):
             Completions that did not end within `max_completion_length` contribute nothing to the loss. It stays a
             mean over all completions, as in TRL's RLOOTrainer: masking some does not make the others count more.
 
+        > Parameters that control what is not learned from
+
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            A step whose gradient norm is not finite, or whose reward jumped, is not taken. So many in a row end the
+            run with an error, after a checkpoint if there is a `save_strategy`.
+        max_reward_jump (`float`, *optional*):
+            Do not take a step in which a micro-batch's mean reward is further from the running mean of those before,
+            in standard deviations of such means. Off by default.
+
         > Parameters that control evaluation and logging
 
         eval_metrics (`list[str]`, *optional*):
@@ -128,6 +137,13 @@ class RolloutConfig(VLLMConfig):
         default=False, metadata={"help": "Leave completions that did not end out of the loss."}
     )
 
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Stop after so many steps in a row that were not taken."}
+    )
+    max_reward_jump: float | None = field(
+        default=None, metadata={"help": "Do not take a step whose mean reward jumps by more standard deviations."}
+    )
+
     eval_metrics: list[str] | None = field(
         default=None, metadata={"help": "Metrics of texts: sacrebleu, rouge, self_bleu, frechet, or of `evaluate`."}
     )
@@ -149,6 +165,13 @@ class RolloutConfig(VLLMConfig):
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
         load_whole_models()
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
+        if self.max_reward_jump is not None and not self.max_reward_jump > 0.0:
+            raise ValueError(
+                f"max_reward_jump counts standard deviations and must be positive, got {self.max_reward_jump}; None "
+                "turns it off"
+            )
         if self.num_generations < 1:
             raise ValueError(f"num_generations must be at least 1, got {self.num_generations}")
         if self.per_device_train_batch_size % self.num_generations:

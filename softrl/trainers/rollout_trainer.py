@@ -3,6 +3,7 @@
 Left out: the loss, streamed data sets, several evaluation samples a prompt.
 """
 
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
 from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
 from softrl.trainers.callbacks import GamingCallback
+from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.completions import CompletionLog
 from softrl.trainers.engines import (
     check_engine,
@@ -52,11 +54,12 @@ from softrl.trainers.metrics import MetricLog, named_metrics
 from softrl.trainers.model_card import CITATION, CardFacts, finish_card
 from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.sampling import GroupSampler
+from softrl.trainers.step_guard import StepGuardMixin
 
 _KL_CONTROL = "adaptive_kl"  # its key in the trainer's state
 
 
-class RolloutTrainer(BaseTrainer):
+class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
     """
     Base class of the trainers that sample completions and score them: everything but the loss.
 
@@ -149,6 +152,7 @@ class RolloutTrainer(BaseTrainer):
         self._step_kl: list[float] = []  # nats a token, of the step's micro-batches
         self.last_evaluation: list[Sample] = []
         self._engine_is_ready = False
+        self._reward_jumped = False
         super().__init__(
             model=model,
             args=args,
@@ -275,16 +279,21 @@ class RolloutTrainer(BaseTrainer):
 
     def _adapt_kl_weight(self) -> None:
         measured, self._step_kl = self._step_kl, []
-        if self.kl_control is not None and measured:
-            self.kl_control.update(sum(measured) / len(measured))
+        mean = sum(measured) / len(measured) if measured else math.nan
+        if self.kl_control is not None and math.isfinite(mean):
+            self.kl_control.update(mean)
             # What lies here is saved with every checkpoint, and restored from it.
             self.state.stateful_callbacks[_KL_CONTROL] = self.kl_control.state_dict()
 
     def loss_weights(self, completions: Completions) -> Float[Tensor, "N"]:
-        """What multiplies each sequence's loss: 0 where `mask_truncated_completions` leaves it out, else 1."""
+        """What multiplies each sequence's loss: 0 where `mask_truncated_completions` leaves it out, else 1.
+
+        NaN where the reward jumped, so that the step is not taken; see `step_guard`. Call it after `record`.
+        """
+        weights = torch.ones_like(completions.ended, dtype=torch.float32)
         if self.args.mask_truncated_completions:
-            return completions.ended.float()
-        return torch.ones_like(completions.ended, dtype=torch.float32)
+            weights = completions.ended.float()
+        return weights * torch.nan if self._reward_jumped else weights
 
     def hard_scores(self, batch: PromptBatch, completions: Completions) -> dict[str, Float[Tensor, "N"]]:
         """See `softrl.trainers.evaluation.hard_scores`."""
@@ -311,6 +320,7 @@ class RolloutTrainer(BaseTrainer):
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
         if "kl" in gathered:
             self._step_kl.append(gathered["kl"].mean().item())
+        self._reward_jumped = self.reward_jumps(gathered["reward/hard"].mean().item())
         self._metrics.add(named_metrics(gathered, self.args.num_generations))
         if self.args.log_completions:
             shown = [name for name in gathered if name == "judge" or name.startswith("rewards/")]
