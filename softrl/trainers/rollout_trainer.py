@@ -28,7 +28,7 @@ from softrl.rewards.resolve import resolve_rewards
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
-from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
+from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, indexed_for_evaluation, prompt_batch
 from softrl.trainers.callbacks import GamingCallback
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.completions import CompletionLog
@@ -123,7 +123,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
             processing_class = load_tokenizer(model, args)
         if train_dataset is not None:
             train_dataset = indexed(train_dataset, "train_dataset", processing_class)
-        eval_dataset = _indexed_for_evaluation(eval_dataset, processing_class)
+        eval_dataset = indexed_for_evaluation(eval_dataset, processing_class)
 
         policy_name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # adapters are initialised at random
@@ -219,7 +219,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if not isinstance(eval_dataset, str):
-            eval_dataset = _indexed_for_evaluation(eval_dataset, self.processing_class)
+            eval_dataset = indexed_for_evaluation(eval_dataset, self.processing_class)
         return super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -414,12 +414,3 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
 
 def _identity(rows: list[Any]) -> list[Any]:
     return rows
-
-
-def _indexed_for_evaluation(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """An evaluation set, or several by name, with row indices."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: indexed(each, f"eval_dataset[{name!r}]", tokenizer) for name, each in dataset.items()}
-    return indexed(dataset, "eval_dataset", tokenizer)
