@@ -11,13 +11,13 @@ from transformers.trainer_utils import IntervalStrategy
 from softrl.models.policy import Policy
 from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
 from softrl.tokens.truncation import Truncation
-from softrl.trainers._bridge import BaseConfig
 from softrl.trainers.engines import load_whole_models
 from softrl.trainers.precision import bf16_by_default
+from softrl.trainers.vllm_config import VLLMConfig
 
 
 @dataclass
-class RolloutConfig(BaseConfig):
+class RolloutConfig(VLLMConfig):
     r"""
     Configuration class for the [`RolloutTrainer`]; the configurations of the other trainers extend it.
 
@@ -49,6 +49,8 @@ class RolloutConfig(BaseConfig):
             Sampling temperature; part of the policy's definition, at sampling and at scoring.
         top_p, min_p (`float`, *optional*, default to `1.0` and `0.0`):
             Nucleus rules of the sampler; off by default.
+        use_vllm, vllm_mode, ...:
+            Hard samples through vLLM, untried on hardware; see [`VLLMConfig`].
 
         > Parameters that control the objective
 
@@ -96,7 +98,7 @@ class RolloutConfig(BaseConfig):
 
     _SCHEDULED: ClassVar[dict[str, bool]] = {"beta": False}  # name, and whether it is a whole number
     _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ()
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*VLLMConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults of TrainingArguments and TRL that rewards and rollouts want otherwise
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})

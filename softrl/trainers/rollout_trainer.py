@@ -25,9 +25,10 @@ from softrl.objectives.token_terms import DirectTerms
 from softrl.rewards.base import Reward, WeightedRewards
 from softrl.rewards.metrics import load_metric
 from softrl.rewards.resolve import resolve_rewards
+from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
-from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
+from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, indexed_for_evaluation, prompt_batch
 from softrl.trainers.callbacks import GamingCallback
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.completions import CompletionLog
@@ -40,6 +41,7 @@ from softrl.trainers.engines import (
     shards_parameters,
 )
 from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, repetition, summary
+from softrl.trainers.generation_engine import make_engine
 from softrl.trainers.loading import (
     eos_token_ids,
     load_model,
@@ -121,7 +123,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
             processing_class = load_tokenizer(model, args)
         if train_dataset is not None:
             train_dataset = indexed(train_dataset, "train_dataset", processing_class)
-        eval_dataset = _indexed_for_evaluation(eval_dataset, processing_class)
+        eval_dataset = indexed_for_evaluation(eval_dataset, processing_class)
 
         policy_name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # adapters are initialised at random
@@ -167,6 +169,8 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         if shards_parameters(self.accelerator):
             self.policy.largest = partial(largest_over_processes, self.accelerator)
         self.eos_ids = eos_token_ids(model, processing_class)
+        self.generation_engine = make_engine(args, self.model, self.accelerator, processing_class)
+        self.sample_hard = hard_rollout if self.generation_engine is None else self.generation_engine.hard_rollout
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._completions = CompletionLog(step_size)
         for module in (*self.rewards.rewards, *([self.reference.model] if self.reference else [])):
@@ -215,7 +219,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if not isinstance(eval_dataset, str):
-            eval_dataset = _indexed_for_evaluation(eval_dataset, self.processing_class)
+            eval_dataset = indexed_for_evaluation(eval_dataset, self.processing_class)
         return super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -246,6 +250,9 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
             make_ready(self.accelerator, model)
             self._engine_is_ready = True
         with self._metrics.timed_step():
+            if self.generation_engine is not None:
+                with self._metrics.timed("push"):
+                    self.generation_engine.push(self.rollout_step)
             with parts_callable(self.accelerator, model):
                 loss = super().training_step(model, *args, **kwargs)
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
@@ -349,6 +356,8 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         """One hard sample a prompt, with the same random streams in every evaluation; metrics of the decoded text."""
         args = self.args
         samples: list[Sample] = []
+        if self.generation_engine is not None:
+            self.generation_engine.push(None)  # the weights of another step may have been loaded
         for rows in dataloader:
             with parts_callable(self.accelerator, self.model_wrapped):
                 measured = self.evaluate_rows(rows)
@@ -369,7 +378,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         args = self.args
         evaluator = Evaluator(
             self.policy, self.reference, self.rewards, self.processing_class, self.eos_ids,
-            args.max_completion_length, self.truncation, self.judge, args.seed,
+            args.max_completion_length, self.truncation, self.judge, args.seed, self.sample_hard,
         )  # fmt: skip
         with self.accelerator.autocast():
             return evaluator.samples(self.prompt_batch(rows, 1))
@@ -405,12 +414,3 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
 
 def _identity(rows: list[Any]) -> list[Any]:
     return rows
-
-
-def _indexed_for_evaluation(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """An evaluation set, or several by name, with row indices."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: indexed(each, f"eval_dataset[{name!r}]", tokenizer) for name, each in dataset.items()}
-    return indexed(dataset, "eval_dataset", tokenizer)

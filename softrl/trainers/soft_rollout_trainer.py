@@ -13,6 +13,7 @@ from softrl.estimators.system import ForwardPass
 from softrl.masking import survival_mean
 from softrl.models.policy import evaluation_mode
 from softrl.rewards.base import checked_soft
+from softrl.rollouts.given import rollout_of
 from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
@@ -77,10 +78,7 @@ class SoftRolloutTrainer(RolloutTrainer):
         scheduled = self.follow_schedules()
         # An autocast block of its own: weights that it casts without a graph must not be found in phase 3's cache.
         with self._metrics.timed("rollout"), self.accelerator.autocast():
-            rollout = soft_rollout(
-                self.policy, batch.prompts, self.relaxation, self.random_for(batch), args.max_completion_length,
-                args.num_generations, self.eos_ids, args.soft_stopping,
-            )  # fmt: skip
+            rollout = self.rollout(batch)
         with self.accelerator.autocast():
             # Until the backward pass is over: checkpointed layers are recomputed in it, and must not draw dropout.
             evaluation_mode(unwrapped, checkpointed=args.gradient_checkpointing)
@@ -92,6 +90,21 @@ class SoftRolloutTrainer(RolloutTrainer):
         completions = hard_completions(rollout, self.eos_ids, args.max_completion_length)
         self._record_step(batch, completions, estimate, output, scheduled)
         return -(output.value * self.loss_weights(completions)).mean()
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Phase 1, by our own loop or of an engine's tokens."""
+        args, random, relaxation = self.args, self.random_for(batch), self.relaxation
+        if self.generation_engine is None:
+            return soft_rollout(
+                self.policy, batch.prompts, relaxation, random, args.max_completion_length, args.num_generations,
+                self.eos_ids, args.soft_stopping,
+            )  # fmt: skip
+        top_k = 0 if relaxation.samples_policy else relaxation.truncation.top_k
+        sampled = self.generation_engine.hard_rollout(
+            self.policy, batch.prompts, relaxation.truncation, random, args.max_completion_length,
+            args.num_generations, self.eos_ids, top_k,
+        )  # fmt: skip
+        return rollout_of(self.policy, sampled, relaxation, random, self.eos_ids if args.soft_stopping else ())
 
     def follow_schedules(self) -> dict[str, float]:
         changing = super().follow_schedules()
