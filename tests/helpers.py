@@ -180,10 +180,16 @@ def _token_linear(link: str, pooling: str) -> TokenLinearReward:
     return TokenLinearReward(weight, 0.3, link=link, pooling=pooling)
 
 
-def _sequence_classifier(pooling: str) -> SequenceClassifierReward:
+def _sequence_classifier(pooling: str, append_eos: bool = False) -> SequenceClassifierReward:
     config = GPT2Config(vocab_size=V, n_positions=64, n_embd=8, n_layer=1, n_head=2, num_labels=1, pad_token_id=2)
     model = _redraw(GPT2ForSequenceClassification(config), 7, 0.4)
-    return SequenceClassifierReward(model, pooling=pooling, include_prompt=False)
+    tokenizer = None
+    if append_eos:
+        from trainers.tiny import word_tokenizer
+
+        tokenizer = word_tokenizer()
+        model.config.eos_token_id = [EOS, 4, 7, 13]  # as instruction-tuned models have several
+    return SequenceClassifierReward(model, tokenizer, pooling=pooling, include_prompt=False, append_eos=append_eos)
 
 
 def _function() -> FunctionReward:
@@ -274,6 +280,7 @@ ALL_REWARDS = {
     "token linear, sum": lambda: _token_linear("identity", "sum"),
     "weighted": lambda: WeightedRewards([PairReward(), _token_linear("sigmoid", "mean")], [0.5, -2.0]),
     "sequence classifier, last token": lambda: _sequence_classifier("last"),
+    "sequence classifier, end of sequence": lambda: _sequence_classifier("last", append_eos=True),
     "sequence classifier, mean": lambda: _sequence_classifier("mean"),
     "function": _function,
     "repetition": lambda: RepetitionPenalty(n=1),
