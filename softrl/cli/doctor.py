@@ -7,6 +7,7 @@ Left out: launching the engines; a verdict comes from what they need, not from a
 import argparse
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--accelerate_config", default=None, help="the engine that the recipe has to fit (one process)")
     parser.add_argument("--num_processes", type=int, default=None, help="processes of the engines (8)")
     given, recipe = parser.parse_known_args(argv)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
     if given.scale:
         from softrl.studies.scale import page
 
@@ -54,14 +56,19 @@ def _look(given: argparse.Namespace, recipe: list[str]) -> int:
 
     if given.measure and not recipe:
         raise ValueError("--measure runs a recipe: give --config RECIPE, or other arguments of softrl train")
+    packages = machine.packages()
+    missing = [package.name for package in packages if package.required and package.version is None]
+    if missing:  # nothing else would work
+        print(json.dumps({"missing": missing}) if given.json else f"{PROG}: missing: {', '.join(missing)}; pip install softrl")
+        return 1
     found = _found(given, recipe) if recipe else None  # first, so that what is wrong with it is all that is said
-    here, packages = machine.machine(), machine.packages()
+    here = machine.machine()
     engines = machine.engine_checks(here)
     report: dict[str, Any] = {
         "machine": asdict(here),
         "packages": [asdict(package) for package in packages],
         "engines": [asdict(engine) for engine in engines],
-        "missing": [package.name for package in packages if package.required and package.version is None],
+        "missing": missing,
     }
     if not given.json:
         _print_machine(here, packages, engines)
@@ -71,7 +78,7 @@ def _look(given: argparse.Namespace, recipe: list[str]) -> int:
         report["measured"] = _measured(given, recipe, found)
     if given.json:
         print(json.dumps(report, indent=1))
-    return int(bool(report["missing"]) or not report.get("recipe", {}).get("fits", True))
+    return int(not report.get("recipe", {}).get("fits", True))
 
 
 def _found(given: argparse.Namespace, recipe: list[str]) -> "RecipeFootprint | None":

@@ -104,11 +104,10 @@ def machine() -> Machine:
     import psutil
     import torch
 
-    from softrl.trainers.loading import supported_dtype
+    from softrl.models.processor import computes_bfloat16
 
     memory, count = psutil.virtual_memory(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = tuple(torch.cuda.get_device_name(index) for index in range(count))
-    computes = torch.cuda.is_bf16_supported() if gpus else supported_dtype("bfloat16", torch.device("cpu")) != "float32"
     return Machine(
         python=platform.python_version(),
         gpus=gpus,
@@ -116,7 +115,7 @@ def machine() -> Machine:
         memory=memory.total,
         free_memory=memory.available,
         device_memory=min((torch.cuda.mem_get_info(index)[0] for index in range(count)), default=0),
-        bf16=computes,
+        bf16=torch.cuda.is_bf16_supported() if gpus else computes_bfloat16(),
     )
 
 

@@ -5,6 +5,7 @@ Left out: what mixtures of experts, convolutions and state-space layers keep; th
 attention and a gated feed-forward network of the configuration's sizes.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def adapter_shape(config: Any, peft_config: Any) -> AdapterShape:
     from peft import get_peft_model
 
     with torch.device("meta"):
-        model: Any = get_peft_model(_on_meta(config), peft_config)
+        model: Any = get_peft_model(_on_meta(config), copy.deepcopy(peft_config))  # it writes to it
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapted = dict(_adapted(model))
     if not adapted:

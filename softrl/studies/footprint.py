@@ -24,6 +24,8 @@ PHASES = ("rollout", "cotangents", "surrogate", "update")
 ENGINES: tuple[Engine, ...] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 DEEPSPEED = ("zero1", "zero2", "zero3")
 
+REFERENCE_ACTIVATIONS = "activations of the reference"
+
 _FLOAT32 = 4
 _LIVE_LAYERS = 2  # that an engine has gathered at a time: the one in use and the next
 # Arrays of a chunk's logits, in float32, that exist at the same time: counted in the code named, checked by measuring.
@@ -183,7 +185,7 @@ def footprint(
         Item("gradients", step.gradients()),
         Item("keys and values", step.keys_and_values()),
         Item("activations of the policy", step.activations()),
-        Item("activations of the reference", step.reference_activations()),
+        Item(REFERENCE_ACTIVATIONS, step.reference_activations()),
         Item("chunks of logits and embeddings", step.chunks()),
         Item("records of the rollout", step.records()),
     )

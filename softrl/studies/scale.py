@@ -10,7 +10,16 @@ from typing import Any
 
 from softrl.models.shape import AdapterShape, ModelShape, adapter_shape, model_shape
 from softrl.studies.communication import Communication, communication, passes
-from softrl.studies.footprint import Engine, Footprint, Method, Precision, Sharding, StepPlan, footprint
+from softrl.studies.footprint import (
+    REFERENCE_ACTIVATIONS,
+    Engine,
+    Footprint,
+    Method,
+    Precision,
+    Sharding,
+    StepPlan,
+    footprint,
+)
 
 LIMIT = 80 * 10**9  # bytes of a process: one GPU
 HORIZONS = (256, 1024, 4096)
@@ -19,6 +28,7 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "fsdp2")
 METHODS: dict[str, Method] = {
     "parallel, 2 hops": "parallel", "blocked": "blocked", "sequential": "sequential", "RLOO": "score_function",
 }  # fmt: skip
+_RANK = 16
 PLAN = StepPlan(num_sequences=4, prompt_length=256, num_steps=256, num_kept=64, checkpointed=True, has_kl=True)
 
 # Sizes of the published configurations: Llama-3.2-1B, Llama-3.1-8B, Llama-3.1-70B (Grattafiori et al. 2024).
@@ -68,7 +78,7 @@ def policies() -> Iterator[Policy]:
     for name, sizes in LLAMAS.items():
         config = LlamaConfig(vocab_size=128_256, max_position_embeddings=131_072, **sizes)
         shape = model_shape(config)
-        lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(r=_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         yield Policy(f"{name}, LoRA", shape, adapter_shape(config, lora))
         yield Policy(f"{name}, all parameters", shape, None)
 
@@ -120,23 +130,35 @@ def _facts(policy: Policy) -> str:
     shape, adapter = policy.shape, policy.adapter
     trained = shape.num_parameters if adapter is None else adapter.num_parameters
     text = f"{shape.num_parameters / 1e9:.2f}B parameters, {trained / 1e6:,.0f}M trained. "
+    activations = ", ".join(f"{_gigabytes(_of_reference(shape, steps))} GB at T={steps}" for steps in HORIZONS)
+    text += (
+        "Of a pathwise cell the activations of the reference, which the KL is differentiated through, are "
+        f"{activations}; they go with the KL. "
+    )
     if adapter is not None:
-        return text + "The reference of the KL is the policy without its adapter: no memory of its own."
+        return text + "The reference is the policy without its adapter: no weights of its own."
     whole = {engine: shape.num_parameters * precision(engine, False).weights for engine in ENGINES}
     return text + (
-        f"The reference of the KL is a second model, whole on every process whatever the engine: "
+        f"The reference is a second model, whole on every process whatever the engine: "
         f"{_gigabytes(whole['zero3'])} GB in bfloat16 (ZeRO), {_gigabytes(whole['ddp'])} in float32 (DDP, FSDP2)."
     )
+
+
+def _of_reference(shape: ModelShape, num_steps: int) -> int:
+    held = footprint(shape, replace(PLAN, num_steps=num_steps), precision("zero2", False))
+    return next(item for item in held.items if item.name == REFERENCE_ACTIVATIONS).largest
 
 
 def _shown(found: Cell) -> str:
     held, sent = _gigabytes(found.held.peak), _gigabytes(found.sent.total)
     if not found.fits:
-        return f"**{held}** on {found.num_processes}: does not fit"
+        return f"**{held}**"
     return f"{held}, sends {sent}" + (f", on {found.num_processes}" if found.num_processes != 8 else "")
 
 
 def _gigabytes(number: float) -> str:
+    if number < 1e8:
+        return f"{number / 1e9:.2f}"
     return f"{number / 1e9:,.1f}" if number < 1e10 else f"{number / 1e9:,.0f}"
 
 
@@ -147,7 +169,19 @@ def _passes_section() -> str:
             count = passes(replace(PLAN, method=method, num_steps=num_steps, has_kl=False))
             row = (title, num_steps, count.rollout, count.cotangents, count.surrogate)
             lines.append("| " + " | ".join(map(str, row)) + " |")
-    return "\n\n".join([_PASSES, "\n".join(lines)])
+    return "\n\n".join([_PASSES.format(example=_example()), "\n".join(lines)])
+
+
+def _example() -> str:
+    """The gathers of one rollout in words."""
+    policy = next(policy for policy in policies() if policy.name == "8B, LoRA")
+    sent = cell(policy, "score_function", 1024, "zero3").sent.rollout
+    fast, slow = 300 * 10**9, 25 * 10**9
+    return (
+        f"At T=1024 a process sends and receives {sent / 1e12:.1f} TB of an 8B policy in bfloat16: "
+        f"{sent / fast:.0f} s of a step at {fast // 10**9} GB/s,\n{sent / slow:.0f} s at {slow // 10**9} GB/s between "
+        "machines, before any computation."
+    )
 
 
 _HEAD = f"""# Scale, on paper
@@ -158,18 +192,18 @@ measured steps of SmolLM2-135M within 20% on one process; engines, sizes and com
 (`softrl/studies/communication.py`) have no measurement behind them.
 
 Cells: GB (10⁹ bytes) that a process holds at its peak, and GB that it sends in a step, on 8 processes, or on the
-number named, the first of {", ".join(map(str, NUM_PROCESSES))} on which the peak is at most {LIMIT // 10**9} GB.
+number named, the first of {", ".join(map(str, NUM_PROCESSES))} on which the peak is at most {LIMIT // 10**9} GB. **Bold**:
+more than that even on {NUM_PROCESSES[-1]} (DDP holds the same on any number).
 
 The step: {PLAN.num_sequences} sequences on each process, prompts of {PLAN.prompt_length} tokens, T tokens generated,
-K={PLAN.num_kept}, a KL to the reference, AdamW, gradient checkpointing in the surrogate's pass. LoRA has rank 16 on all
-linear layers. Everything is computed in bfloat16. "blocked" has blocks of {PLAN.block_length} steps."""
+K={PLAN.num_kept}, a KL to the reference, AdamW, gradient checkpointing in the surrogate's pass. LoRA has rank {_RANK}
+on all linear layers. Everything is computed in bfloat16. "blocked" has blocks of {PLAN.block_length} steps."""
 
 _PASSES = """## What a rollout costs under ZeRO-3 and FSDP2
 
 Both hold a part of each weight and gather the whole for every pass over the layers. A rollout is a pass for each
-token, so a process receives the whole model T times to move on by T tokens of its own few sequences: at T=1024 an 8B
-policy in bfloat16 is gathered 1024 times, 14 TB through every process's link, and at 300 GB/s that alone is 48 s of a
-step, at 25 GB/s between machines ten minutes. The surrogate's two or three passes are nothing beside it. So:
+token, so a process receives the whole model T times to move on by T tokens of its own few sequences. {example}
+The surrogate's two or three passes are nothing beside it. So:
 
 - While the weights fit on one device, DDP or ZeRO-2 with LoRA send gradients only, and that once a step.
 - Where they do not, larger batches on each process spread the gathers over more sequences: they do not grow with N.
