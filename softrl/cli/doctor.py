@@ -27,12 +27,14 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="With --config RECIPE, or any other argument of `softrl train`, it says what a step of the recipe takes.",
+        epilog="With --config RECIPE, or any other argument of `softrl train`: what a step of that takes in memory.",
     )
     parser.add_argument("--measure", action="store_true", help="run two steps of the recipe, and show their peak")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--scale", action="store_true", help="print docs/scale.md: 1B, 8B and 70B policies on paper")
-    parser.add_argument("--accelerate_config", default=None, help="the engine that the recipe has to fit (one process)")
+    parser.add_argument(
+        "--accelerate_config", default=None, help="the engine that the recipe has to fit (one process)"
+    )
     parser.add_argument("--num_processes", type=int, default=None, help="processes of the engines (8)")
     given, recipe = parser.parse_known_args(argv)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
@@ -59,7 +61,11 @@ def _look(given: argparse.Namespace, recipe: list[str]) -> int:
     packages = machine.packages()
     missing = [package.name for package in packages if package.required and package.version is None]
     if missing:  # nothing else would work
-        print(json.dumps({"missing": missing}) if given.json else f"{PROG}: missing: {', '.join(missing)}; pip install softrl")
+        print(
+            json.dumps({"missing": missing})
+            if given.json
+            else f"{PROG}: missing: {', '.join(missing)}; pip install softrl"
+        )
         return 1
     found = _found(given, recipe) if recipe else None  # first, so that what is wrong with it is all that is said
     here = machine.machine()
@@ -96,7 +102,8 @@ def _found(given: argparse.Namespace, recipe: list[str]) -> "RecipeFootprint | N
 
 
 def _recipe_report(given: argparse.Namespace, found: "RecipeFootprint", here: "Machine") -> dict[str, Any]:
-    from softrl.studies.footprint import ENGINES, PHASES
+    from softrl.studies.footprint import PHASES
+    from softrl.studies.step_plan import ENGINES
 
     engine, number = _engine(given)
     held = found.under(engine, number)
@@ -190,7 +197,9 @@ def _print_recipe(found: "RecipeFootprint", held: "Footprint", report: dict[str,
     from softrl.studies.footprint import PHASES
 
     console, plan = Console(), found.plan
-    where = f"{report['engine']}, {report['num_processes']} processes" if report["num_processes"] > 1 else "one process"
+    where = (
+        f"{report['engine']}, {report['num_processes']} processes" if report["num_processes"] > 1 else "one process"
+    )
     table = _table(f"memory of one process, by phase ({where})", "", *PHASES)
     for item in held.items:
         table.add_row(item.name, *(size(item.size[phase]) if item.size.get(phase) else "" for phase in PHASES))
@@ -212,8 +221,8 @@ def _print_recipe(found: "RecipeFootprint", held: "Footprint", report: dict[str,
     together = "" if report["num_processes"] == 1 else f", {report['num_processes']} processes"
     verdict = "It fits" if report["fits"] else "It does NOT fit"
     console.print(
-        f"{verdict}: {size(held.peak)} at most (in the {held.peak_phase}){together}, {size(report['free'])} free. Not counted: "
-        "libraries (some 0.5 GB a process), what the allocator loses, activations of rewards, texts.",
+        f"{verdict}: {size(held.peak)} at most (in the {held.peak_phase}){together}, {size(report['free'])} free. "
+        "Not counted: libraries (some 0.5 GB a process), what the allocator loses, activations of rewards, texts.",
         style="bold green" if report["fits"] else "bold red",
         highlight=False,
     )

@@ -6,12 +6,20 @@ from typing import Any
 
 from softrl.cli.arguments import TrainArguments
 from softrl.models.shape import AdapterShape, ModelShape
-from softrl.studies.footprint import DEEPSPEED, Engine, Footprint, Method, Precision, Sharding, StepPlan, footprint
+from softrl.studies.footprint import Footprint, footprint
+from softrl.studies.step_plan import DEEPSPEED, Engine, Method, Precision, Sharding, StepPlan
 
 _FOUR_BIT = 0.5 + 4 / 64  # NF4 with a float32 scale for every 64 weights (Dettmers et al. 2023)
 _EIGHT_BIT = 1.0
 # Numbers that an optimiser keeps for each trained parameter, by the start of its name; others are taken for AdamW.
-_STATES = {"sgd": 0.0, "adafactor": 0.0, "adamw_bnb_8bit": 0.5, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "lion": 1.0}
+_STATES = {
+    "sgd": 0.0,
+    "adafactor": 0.0,
+    "adamw_bnb_8bit": 0.5,
+    "adamw_8bit": 0.5,
+    "paged_adamw_8bit": 0.5,
+    "lion": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,9 @@ def recipe_footprint(arguments: TrainArguments, training_args: Any, model_args: 
     from softrl.models.shape import adapter_shape, model_shape
 
     if arguments.trainer.startswith("trl_"):
-        raise ValueError(f"trainer={arguments.trainer!r} is TRL's own, whose memory is not estimated; --measure measures it")
+        raise ValueError(
+            f"trainer={arguments.trainer!r} is TRL's own, whose memory is not estimated; --measure measures it"
+        )
     name = resolve_model(model_args.model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)

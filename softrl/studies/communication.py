@@ -11,7 +11,7 @@ from math import ceil
 
 from softrl.estimators.blocks import RECORD_BLOCK
 from softrl.models.shape import AdapterShape, ModelShape
-from softrl.studies.footprint import Precision, Sharding, StepPlan
+from softrl.studies.step_plan import Precision, Sharding, StepPlan
 
 BLOCK_SWEEPS = 7  # of a block, measured on SmolLM2-135M with an entropy bound (`softrl bench blocks`, LOG.md)
 

@@ -3,7 +3,7 @@
 `peak = max over phases of Σ items held in it`; the phases are those of the design: rollout, cotangents, surrogate (up
 to the start of its backward pass) and update (from the end of that pass on; between the two activations make room for
 gradients). The formula follows the code of the solvers and of transformers' decoder
-layers, and is held to measurements of whole steps (`tests/studies/test_footprint.py`: within 20%).
+layers, and is held to measurements of whole steps (`tests/cli/test_measured_step.py`: within 20%).
 
 Left out: the libraries themselves (a process that has imported them holds some 0.5 GB on a CPU, CUDA's context about
 as much on a GPU), what the allocator loses in fragments, buckets and prefetching of DeepSpeed and FSDP2, activations
@@ -11,18 +11,13 @@ of rewards, texts and data sets. Early ends make rollouts shorter: T is the long
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from softrl.estimators.blocks import RECORD_BLOCK
 from softrl.models.policy import CHUNK_ELEMENTS
 from softrl.models.shape import AdapterShape, ModelShape
-
-Method = Literal["parallel", "blocked", "sequential", "autograd", "score_function"]
-Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+from softrl.studies.step_plan import DEEPSPEED, Precision, Sharding, StepPlan
 
 PHASES = ("rollout", "cotangents", "surrogate", "update")
-ENGINES: tuple[Engine, ...] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-DEEPSPEED = ("zero1", "zero2", "zero3")
 
 REFERENCE_ACTIVATIONS = "activations of the reference"
 
@@ -32,93 +27,6 @@ _LIVE_LAYERS = 2  # that an engine has gathered at a time: the one in use and th
 _ROLLOUT_LOGITS = 6  # rollouts/soft.py: logits, log-probabilities, noise, perturbed, and temporaries of the entropy
 _CHUNK_LOGITS = 9  # objectives/token_terms.py: of policy and reference, their log-probabilities, gradients
 _KEPT_ROWS = 2  # models/policy.py: rows of the head for K ids of a chunk, and their copy or gradient
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes an element.
-
-    Args:
-        weights: of frozen weights, and of trained ones unless there are adapters.
-        trained: of trained parameters; PEFT keeps adapters in float32 on a bfloat16 model.
-        compute: of what layers compute in.
-        autocast: layers compute in less than their weights have, each casting its inputs.
-        quantized: of the layers' frozen weights, where these are quantized.
-    """
-
-    weights: int = 4
-    trained: int = 4
-    compute: int = 4
-    autocast: bool = False
-    quantized: float | None = None
-
-    def weight_bytes(self, shape: ModelShape) -> float:
-        """Of a whole policy without adapters."""
-        if self.quantized is None:
-            return shape.num_parameters * self.weights
-        layers = shape.num_layers * shape.layer_parameters
-        return layers * self.quantized + (shape.num_parameters - layers) * self.weights
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One micro-batch of a process, and how its gradient is found.
-
-    Args:
-        num_sequences: N = B * G.
-        prompt_length, num_steps: P and T, in tokens.
-        num_kept: K.
-        method: of the cotangents; "score_function" has none.
-        block_length: of "blocked", in steps.
-        checkpointed: gradient checkpointing, of the surrogate's pass.
-        has_kl: a KL to a reference is part of the objective.
-        has_entropy: an entropy term is.
-        accumulates: gradients of earlier micro-batches are there in every phase.
-        states_per_parameter: numbers that the optimiser keeps for each.
-    """
-
-    num_sequences: int
-    prompt_length: int
-    num_steps: int
-    num_kept: int = 64
-    method: Method = "parallel"
-    block_length: int = 32
-    checkpointed: bool = False
-    has_kl: bool = False
-    has_entropy: bool = False
-    accumulates: bool = False
-    states_per_parameter: float = 2.0
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions of one parallel pass: the last token is not fed."""
-        return self.num_sequences * (self.prompt_length + self.num_steps - 1)
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """An engine and how many processes share the work."""
-
-    engine: Engine = "single"
-    num_processes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_processes < 1 or (self.engine == "single" and self.num_processes > 1):
-            raise ValueError(f"{self.num_processes} processes under {self.engine!r}: 'single' is one, others 1 or more")
-
-    def shared(self, size: float, *engines: str) -> float:
-        """A process's part of something that these engines shard."""
-        return size / self.num_processes if self.engine in engines else size
-
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether a process holds a part of each parameter only."""
-        return self.engine in ("zero3", "fsdp2")
-
-    @property
-    def shares_a_pass(self) -> bool:
-        """Whether phases 2 and 3 may differentiate one forward pass; see `SoftRolloutTrainer._shares_a_pass`."""
-        return self.engine in ("single", "ddp")
 
 
 @dataclass(frozen=True)
@@ -192,7 +100,9 @@ def footprint(
     return Footprint(tuple(item for item in items if item.largest > 0))
 
 
-def activation_bytes(shape: ModelShape, precision: Precision, trained: str, adapter: AdapterShape | None = None) -> int:
+def activation_bytes(
+    shape: ModelShape, precision: Precision, trained: str, adapter: AdapterShape | None = None
+) -> int:
     """What autograd keeps of one token in one layer, for the backward pass.
 
     With D, A, k, F the widths of the residual stream, of all queries, of all keys, and of the feed-forward network, c
@@ -363,7 +273,9 @@ class _Step:
             return 0
         if plan.method == "parallel":
             shares = self.sharding.shares_a_pass and not plan.checkpointed
-            return self.graph(plan.num_tokens, self._trained if shares else "nothing") + self.transient(plan.num_tokens)
+            return self.graph(plan.num_tokens, self._trained if shares else "nothing") + self.transient(
+                plan.num_tokens
+            )
         if plan.method == "autograd":
             tokens = plan.num_sequences * plan.num_steps
             return self.graph(tokens, "nothing") + self._grown_caches() + self.transient(plan.num_sequences)
@@ -418,7 +330,7 @@ class _Step:
         }
 
     def records(self) -> dict[str, int]:
-        """Ids, noise, weights, cotangents [N, T, K]; embeddings, adjoints, hidden states and their gradients [N, T, D]."""
+        """Ids, noise, weights, cotangents [N, T, K]; embeddings, adjoints, hidden states, gradients [N, T, D]."""
         plan, positions = self.plan, self.plan.num_sequences * self.plan.num_steps
         if plan.method == "score_function":
             return _some(PHASES[1:3], positions * self.shape.hidden_size * self.precision.compute * 2)

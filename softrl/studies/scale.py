@@ -6,20 +6,13 @@ to measurements on SmolLM2-135M, for the shapes of Llama 3. The text is docs/sca
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from softrl.models.shape import AdapterShape, ModelShape, adapter_shape, model_shape
 from softrl.studies.communication import Communication, communication, passes
-from softrl.studies.footprint import (
-    REFERENCE_ACTIVATIONS,
-    Engine,
-    Footprint,
-    Method,
-    Precision,
-    Sharding,
-    StepPlan,
-    footprint,
-)
+from softrl.studies.footprint import REFERENCE_ACTIVATIONS, Footprint, footprint
+from softrl.studies.step_plan import Engine, Method, Precision, Sharding, StepPlan
 
 LIMIT = 80 * 10**9  # bytes of a process: one GPU
 HORIZONS = (256, 1024, 4096)
@@ -70,17 +63,22 @@ class Cell:
         return self.held.peak <= LIMIT
 
 
-def policies() -> Iterator[Policy]:
+@cache
+def policies() -> tuple[Policy, ...]:
     """Every size, with LoRA and with all parameters trained."""
     from peft import LoraConfig
     from transformers import LlamaConfig
 
+    found = []
     for name, sizes in LLAMAS.items():
         config = LlamaConfig(vocab_size=128_256, max_position_embeddings=131_072, **sizes)
         shape = model_shape(config)
         lora = LoraConfig(r=_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        yield Policy(f"{name}, LoRA", shape, adapter_shape(config, lora))
-        yield Policy(f"{name}, all parameters", shape, None)
+        found += [
+            Policy(f"{name}, LoRA", shape, adapter_shape(config, lora)),
+            Policy(f"{name}, all parameters", shape, None),
+        ]
+    return tuple(found)
 
 
 def precision(engine: Engine, adapted: bool) -> Precision:
@@ -192,8 +190,8 @@ measured steps of SmolLM2-135M within 20% on one process; engines, sizes and com
 (`softrl/studies/communication.py`) have no measurement behind them.
 
 Cells: GB (10⁹ bytes) that a process holds at its peak, and GB that it sends in a step, on 8 processes, or on the
-number named, the first of {", ".join(map(str, NUM_PROCESSES))} on which the peak is at most {LIMIT // 10**9} GB. **Bold**:
-more than that even on {NUM_PROCESSES[-1]} (DDP holds the same on any number).
+number named, the first of {", ".join(map(str, NUM_PROCESSES))} on which the peak is at most {LIMIT // 10**9} GB.
+**Bold**: more than that even on {NUM_PROCESSES[-1]} (DDP holds the same on any number).
 
 The step: {PLAN.num_sequences} sequences on each process, prompts of {PLAN.prompt_length} tokens, T tokens generated,
 K={PLAN.num_kept}, a KL to the reference, AdamW, gradient checkpointing in the surrogate's pass. LoRA has rank {_RANK}
@@ -218,5 +216,5 @@ _LIMITS = """## What this leaves out
 Libraries and CUDA's context (about 1 GB), fragments of the allocator, buckets and prefetching of DeepSpeed and FSDP2,
 reward models, overlap and latency of communication. Phase 2 of `parallel` does not checkpoint, and a KL differentiates
 a whole pass of the reference as well, by every pathwise method: at T=4096 these two activations are what does not fit.
-Attention is counted as a fused kernel's, which keeps no T × T matrix. Tensor and pipeline parallelism, offloading, and
+Attention is counted as a fused kernel's, which keeps no T x T matrix. Tensor and pipeline parallelism, offloading, and
 engines for generation beside the trainer are not part of softrl."""

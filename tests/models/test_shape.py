@@ -41,7 +41,9 @@ def test_smollm2_by_the_formula_of_its_architecture():
     assert len(adapter.targets) == 7
 
 
-@pytest.mark.parametrize(("name", "published"), [("1B", 1_235_814_400), ("8B", 8_030_261_248), ("70B", 70_553_706_496)])
+@pytest.mark.parametrize(
+    ("name", "published"), [("1B", 1_235_814_400), ("8B", 8_030_261_248), ("70B", 70_553_706_496)]
+)
 def test_the_llamas_have_their_published_sizes(name, published):
     assert model_shape(LlamaConfig(vocab_size=128_256, **LLAMAS[name])).num_parameters == published
 
@@ -52,7 +54,9 @@ def test_what_has_no_heads_is_refused_by_name():
 
 
 def test_other_models_are_counted_too():
-    config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     model = AutoModelForSequenceClassification.from_config(config)
     expected = sum(parameter.numel() for parameter in model.parameters())
     assert num_parameters(config, AutoModelForSequenceClassification) == expected

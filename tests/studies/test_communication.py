@@ -6,7 +6,7 @@ import pytest
 
 from softrl.models.shape import AdapterShape, ModelShape
 from softrl.studies.communication import communication, passes
-from softrl.studies.footprint import Precision, Sharding, StepPlan
+from softrl.studies.step_plan import Precision, Sharding, StepPlan
 
 SHAPE = ModelShape(100, 8, 16, 2, 2, 1, 4, num_parameters=3000, num_embedding=800, num_head=0)
 ADAPTER = AdapterShape(120, (("q_proj", 8),), 2)

@@ -11,15 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from softrl.models.kv import KVCache
 from softrl.models.policy import Policy
 from softrl.models.shape import adapter_shape, model_shape
-from softrl.studies.footprint import (
-    ENGINES,
-    PHASES,
-    Precision,
-    Sharding,
-    StepPlan,
-    activation_bytes,
-    footprint,
-)
+from softrl.studies.footprint import PHASES, activation_bytes, footprint
+from softrl.studies.step_plan import ENGINES, Precision, Sharding, StepPlan
 from softrl.types import Prompts
 
 # Wide beside its sequences, as language models are, and shapes that are all different.
