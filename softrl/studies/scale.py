@@ -90,12 +90,12 @@ def precision(engine: Engine, adapted: bool) -> Precision:
     return Precision(2, 2, 2)
 
 
-def cell(policy: Policy, method: Method, num_steps: int, engine: Engine) -> Cell:
+def cell(policy: Policy, method: Method, num_steps: int, engine: Engine, has_kl: bool = True) -> Cell:
     """With as few processes as fit, of `NUM_PROCESSES`; the most of them where none does.
 
     DDP holds the same on any number of processes, so it is shown on the fewest.
     """
-    plan = replace(PLAN, method=method, num_steps=num_steps)
+    plan = replace(PLAN, method=method, num_steps=num_steps, has_kl=has_kl)
     numbers = NUM_PROCESSES[:1] if engine == "ddp" else NUM_PROCESSES
     bytes_each = precision(engine, policy.adapter is not None)
     for number in numbers:
@@ -116,12 +116,19 @@ def _sections() -> Iterator[str]:
     for policy in policies():
         yield f"## {policy.name}"
         yield _facts(policy)
-        lines = [f"| method | T | {' | '.join(ENGINES)} |", f"|---|---:|{'---|' * len(ENGINES)}"]
-        for title, method in METHODS.items():
-            for num_steps in HORIZONS:
-                cells = [_shown(cell(policy, method, num_steps, engine)) for engine in ENGINES]
-                lines.append(f"| {title} | {num_steps} | {' | '.join(cells)} |")
-        yield "\n".join(lines)
+        yield _table(policy, has_kl=True)
+        if policy.adapter is not None:
+            yield "Without a KL:"
+            yield _table(policy, has_kl=False)
+
+
+def _table(policy: Policy, has_kl: bool) -> str:
+    lines = [f"| method | T | {' | '.join(ENGINES)} |", f"|---|---:|{'---|' * len(ENGINES)}"]
+    for title, method in METHODS.items():
+        for num_steps in HORIZONS:
+            cells = [_shown(cell(policy, method, num_steps, engine, has_kl)) for engine in ENGINES]
+            lines.append(f"| {title} | {num_steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _facts(policy: Policy) -> str:
@@ -194,8 +201,9 @@ number named, the first of {", ".join(map(str, NUM_PROCESSES))} on which the pea
 **Bold**: more than that even on {NUM_PROCESSES[-1]} (DDP holds the same on any number).
 
 The step: {PLAN.num_sequences} sequences on each process, prompts of {PLAN.prompt_length} tokens, T tokens generated,
-K={PLAN.num_kept}, a KL to the reference, AdamW, gradient checkpointing in the surrogate's pass. LoRA has rank {_RANK}
-on all linear layers. Everything is computed in bfloat16. "blocked" has blocks of {PLAN.block_length} steps."""
+K={PLAN.num_kept}, a KL to the reference where nothing else is said, AdamW, gradient checkpointing in the
+surrogate's pass. LoRA has rank {_RANK} on all linear layers. Everything is computed in bfloat16. "blocked" has blocks
+of {PLAN.block_length} steps."""
 
 _PASSES = """## What a rollout costs under ZeRO-3 and FSDP2
 
@@ -215,6 +223,7 @@ _LIMITS = """## What this leaves out
 
 Libraries and CUDA's context (about 1 GB), fragments of the allocator, buckets and prefetching of DeepSpeed and FSDP2,
 reward models, overlap and latency of communication. Phase 2 of `parallel` does not checkpoint, and a KL differentiates
-a whole pass of the reference as well, by every pathwise method: at T=4096 these two activations are what does not fit.
+a whole pass of the reference as well, by every pathwise method: at T=4096 these two activations are what does not
+fit an 8B policy with LoRA. The engines' lines are for full batches: N and T are the same on every process.
 Attention is counted as a fused kernel's, which keeps no T x T matrix. Tensor and pipeline parallelism, offloading, and
 engines for generation beside the trainer are not part of softrl."""
