@@ -1,6 +1,7 @@
 """`softrl doctor`: what is installed, which engines run here, and what a recipe takes in memory.
 
-Exit status: 0 when all is well, 1 when something required is missing or the recipe does not fit, 2 on bad input.
+Exit status: 0 when all is well, 1 when something required is missing, or the recipe does not fit or stops in
+`--measure`, 2 on bad input.
 Left out: launching the engines; a verdict comes from what they need, not from a run.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import json
 import sys
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from softrl.cli.measured_step import MeasuredStep
     from softrl.cli.recipe_footprint import RecipeFootprint
     from softrl.studies.footprint import Footprint
+    from softrl.studies.step_plan import Engine
 
 PROG = "softrl doctor"
 
@@ -45,12 +48,16 @@ def main(argv: list[str]) -> int:
         return 0
 
     from softrl.assets import AssetError
+    from softrl.cli.measured_step import MeasurementError
 
     try:
         return _look(given, recipe)
     except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
+    except MeasurementError as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 1
 
 
 def _look(given: argparse.Namespace, recipe: list[str]) -> int:
@@ -67,7 +74,10 @@ def _look(given: argparse.Namespace, recipe: list[str]) -> int:
             else f"{PROG}: missing: {', '.join(missing)}; pip install softrl"
         )
         return 1
-    found = _found(given, recipe) if recipe else None  # first, so that what is wrong with it is all that is said
+    # First, so that what is wrong with them is all that is said.
+    engine, number = _engine(given)
+    with redirect_stdout(sys.stderr):  # the parser's remarks are no part of the tables, nor of the JSON
+        found = _found(given, recipe) if recipe else None
     here = machine.machine()
     engines = machine.engine_checks(here)
     report: dict[str, Any] = {
@@ -79,7 +89,7 @@ def _look(given: argparse.Namespace, recipe: list[str]) -> int:
     if not given.json:
         _print_machine(here, packages, engines)
     if found is not None:
-        report["recipe"] = _recipe_report(given, found, here)
+        report["recipe"] = _recipe_report(given, found, here, engine, number)
     if given.measure:
         report["measured"] = _measured(given, recipe, found)
     if given.json:
@@ -101,11 +111,12 @@ def _found(given: argparse.Namespace, recipe: list[str]) -> "RecipeFootprint | N
     return recipe_footprint(arguments, training_args, model_args)
 
 
-def _recipe_report(given: argparse.Namespace, found: "RecipeFootprint", here: "Machine") -> dict[str, Any]:
+def _recipe_report(
+    given: argparse.Namespace, found: "RecipeFootprint", here: "Machine", engine: "Engine", number: int
+) -> dict[str, Any]:
     from softrl.studies.footprint import PHASES
     from softrl.studies.step_plan import ENGINES
 
-    engine, number = _engine(given)
     held = found.under(engine, number)
     processes_here = 1 if here.gpus else number  # GPUs have a memory of their own each
     others = given.num_processes or 8

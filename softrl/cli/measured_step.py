@@ -19,6 +19,10 @@ _QUIET = {
 }  # fmt: skip
 
 
+class MeasurementError(RuntimeError):
+    """The process that measures ended early."""
+
+
 @dataclass(frozen=True)
 class MeasuredStep:
     """Bytes beyond the idle process: before the step (models, optimiser's states), and at most during it."""
@@ -35,7 +39,7 @@ def measured(argv: list[str]) -> MeasuredStep:
     Args:
         argv: arguments of `softrl train`.
     Raises:
-        ValueError: the process failed, for instance for want of memory; the message is its last line.
+        MeasurementError: the process failed, for instance for want of memory; the message is its last line.
     """
     from softrl.studies.memory import glibc_environment
 
@@ -43,7 +47,7 @@ def measured(argv: list[str]) -> MeasuredStep:
     finished = subprocess.run(command, capture_output=True, text=True, env=glibc_environment(), check=False)
     if finished.returncode != 0:
         said = finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"]
-        raise ValueError(f"the measured step failed (exit status {finished.returncode}): {said[-1]}")
+        raise MeasurementError(f"the measured step failed (exit status {finished.returncode}): {said[-1]}")
     return MeasuredStep(**json.loads(finished.stdout.splitlines()[-1]))
 
 

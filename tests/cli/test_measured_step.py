@@ -40,7 +40,7 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path, mon
 
 
 def test_a_step_that_fails_says_why(tmp_path):
-    from softrl.cli.measured_step import measured
+    from softrl.cli.measured_step import MeasurementError, measured
 
-    with pytest.raises(ValueError, match=r"the measured step failed \(exit status 1\): .*num_generations"):
+    with pytest.raises(MeasurementError, match=r"the measured step failed \(exit status 1\): .*num_generations"):
         measured([*COMMON, "--num_generations", "3", "--output_dir", str(tmp_path)])
