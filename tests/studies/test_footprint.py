@@ -143,6 +143,18 @@ def test_engines_share_what_they_say_they_share():
     assert all(sizes["rollout"] == count for sizes in reference), "a reference is whole on every process"
 
 
+def test_a_kl_costs_a_pathwise_method_the_references_graph():
+    plan = replace(PLAN, has_kl=True, method="sequential")
+    graph = plan.num_tokens * CONFIG.num_hidden_layers * activation_bytes(SHAPE, FLOAT32, "nothing")
+    assert plan.num_tokens == 16 * (8 + 64 - 1)
+    held = items(footprint(SHAPE, plan, FLOAT32, ADAPTER))["activations of the reference"]
+    assert held.keys() == {"cotangents"}
+    assert graph < held["cotangents"] < 1.3 * graph
+    assert "activations of the reference" not in items(footprint(SHAPE, PLAN, FLOAT32, ADAPTER))
+    score = items(footprint(SHAPE, replace(plan, method="score_function"), FLOAT32, ADAPTER))
+    assert "activations of the reference" not in score
+
+
 def test_quantized_layers_and_autocast():
     layers = SHAPE.num_layers * SHAPE.layer_parameters
     outside = SHAPE.num_parameters - layers
