@@ -11,8 +11,8 @@ COMMON = (
 LORA = ("--use_peft", "--lora_target_modules", "all-linear")
 SETTINGS = {
     "LoRA, parallel": (
-        *LORA, "--dtype", "float32", "--hops", "2", "--beta", "0", "--max_completion_length", "48",
-        "--per_device_train_batch_size", "8",
+        *LORA, "--dtype", "float32", "--hops", "2", "--beta", "0", "--max_completion_length", "32",
+        "--per_device_train_batch_size", "4",
     ),
     "all parameters, sequential, bfloat16": (
         "--dtype", "bfloat16", "--cotangent_method", "sequential", "--beta", "0", "--max_completion_length", "16",
@@ -20,7 +20,7 @@ SETTINGS = {
     ),
     "LoRA, parallel, KL": (
         *LORA, "--dtype", "bfloat16", "--hops", "2", "--beta", "0.05", "--max_completion_length", "16",
-        "--per_device_train_batch_size", "8",
+        "--per_device_train_batch_size", "4",
     ),
 }  # fmt: skip
 
