@@ -24,7 +24,7 @@ from softrl.models.state import ReplayableState
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Rollout
 
-_RECORD_BLOCK = 16  # steps recorded at a time: keeps the recording pass's activations flat in T
+RECORD_BLOCK = 16  # steps recorded at a time: keeps the recording pass's activations flat in T
 
 
 def blocked(
@@ -66,7 +66,7 @@ def _recorded(
                 f"{type(policy.causal_lm).__name__} keeps neither. Use method='parallel'"
             )
         hidden = [first[:, None]]
-        for piece in embeds[:, :-1].split(_RECORD_BLOCK, dim=1):
+        for piece in embeds[:, :-1].split(RECORD_BLOCK, dim=1):
             if piece.shape[1]:
                 hidden.append(policy.advance(state, piece))
     return state, torch.cat(hidden, 1)

@@ -30,12 +30,12 @@ from softrl.models.state import (
 from softrl.tokens.embedding import NormCorrection, check_norm_correction, mixture_embedding
 from softrl.types import Prompts
 
-_CHUNK_ELEMENTS = 2**23  # 32 MiB in float32: bounds every temporary that has a V or a K x D axis
+CHUNK_ELEMENTS = 2**23  # 32 MiB in float32: bounds every temporary that has a V or a K x D axis
 
 
 def chunk_length(elements_per_item: int) -> int:
     """How many items of that size fit into one chunk; at least one."""
-    return max(1, _CHUNK_ELEMENTS // elements_per_item)
+    return max(1, CHUNK_ELEMENTS // elements_per_item)
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

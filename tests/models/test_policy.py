@@ -54,7 +54,7 @@ def test_chunks_change_nothing(monkeypatch, method):
         "kept_logits": (hidden, ids), "embed_soft": (ids, weights), "feedback": (ids, weights, hidden)
     }[method]  # fmt: skip
     whole = getattr(policy, method)(*arguments)
-    monkeypatch.setattr(policy_module, "_CHUNK_ELEMENTS", 150)  # two soft tokens a chunk
+    monkeypatch.setattr(policy_module, "CHUNK_ELEMENTS", 150)  # two soft tokens a chunk
     torch.testing.assert_close(getattr(policy, method)(*arguments), whole)
     if method == "kept_logits":
         torch.testing.assert_close(whole, policy.head(hidden).gather(-1, ids))

@@ -199,7 +199,7 @@ def test_embeddings_are_mixed_in_chunks_and_not_kept(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.numel()) or saved, lambda one: one):
         whole = reward.soft(tokens, prompt=PROMPTS)
     assert max(kept) < tokens.ids.numel() * 16 / 4
-    monkeypatch.setattr(policy, "_CHUNK_ELEMENTS", 7 * 20 * 16)
+    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 7 * 20 * 16)
     pieces = reward.soft(tokens, prompt=PROMPTS)
     torch.testing.assert_close(pieces, whole)
     expected, found = (torch.autograd.grad(values.sum(), tokens.weights)[0] for values in (whole, pieces))

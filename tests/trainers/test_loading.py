@@ -107,6 +107,6 @@ def test_every_declared_end_of_sequence_counts(tokenizer):
 
 @pytest.mark.parametrize("computes", [True, False])
 def test_bfloat16_only_where_the_processor_computes_it(tmp_path, saved, monkeypatch, computes):
-    monkeypatch.setattr(loading, "_computes_bfloat16", lambda: computes)
+    monkeypatch.setattr(loading, "computes_bfloat16", lambda: computes)
     model = loading.load_model(saved, arguments(tmp_path, model_init_kwargs={"dtype": "bfloat16"}))
     assert model.dtype == (torch.bfloat16 if computes else torch.float32)

@@ -142,7 +142,7 @@ def test_no_tensor_has_a_time_and_a_vocabulary_axis(tmp_path, tokenizer, monkeyp
                     largest.append(tensor.numel() // V)
             return result
 
-    monkeypatch.setattr(policy, "_CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 4 * V)
     trainer = make(tmp_path, tokenizer, max_steps=1, max_completion_length=6, relaxation="gumbel_softmax")
     with Watch():
         trainer.train()
