@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
-CASE = {"engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False}
+CASE = {
+    "engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False,
+    "reward": "pair", "rows": 8, "bf16": False,
+}  # fmt: skip
 _ZERO = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
@@ -43,7 +46,7 @@ def on_rank(case, rank, port, folder):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["world"]), "OMP_NUM_THREADS": "1",
         "LOCAL_WORLD_SIZE": str(case["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_MIXED_PRECISION": "no", **ENGINES[case["engine"]],
+        "ACCELERATE_MIXED_PRECISION": "bf16" if case["bf16"] else "no", **ENGINES[case["engine"]],
     }  # fmt: skip
     if case["world"] == 1:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -52,8 +55,31 @@ def on_rank(case, rank, port, folder):
     from engines import cpu_shim
 
     cpu_shim.install()
-    from helpers import llama
-    from trainers.tiny import logs_of, make, word_tokenizer
+    trainer = trainer_of(case, folder)
+    draws = kept_draws(trainer)
+    if case["naive"]:
+        two_backwards(trainer)
+    trainer.train()
+    accelerator, discriminator = trainer.accelerator, getattr(trainer, "discriminator", None)
+    state = accelerator.get_state_dict(trainer.model_wrapped)
+    torch.save(
+        {
+            "parameters": {} if state is None else {name: value.cpu() for name, value in state.items()},
+            "logs": [row for row in trainer.state.log_history if "loss" in row],
+            "draws": draws,
+            "discriminator": discriminator.head.state_dict() if discriminator is not None else {},
+            "world": accelerator.num_processes,
+            "engine": accelerator.distributed_type.value,
+            "wrapper": type(trainer.model_wrapped).__name__,
+        },
+        folder / f"{case['name']}-{rank}.pt",
+    )
+
+
+def trainer_of(case, folder):
+    """The trainer of a case, of a tiny Llama in float32."""
+    from helpers import PairReward, classifier, llama
+    from trainers.tiny import dataset, make, word_tokenizer
 
     lora = None
     if case["lora"]:
@@ -61,29 +87,30 @@ def on_rank(case, rank, port, folder):
 
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
     settings = {
-        "adjoint_tol": 1e-6, "ddp_backend": "gloo" if case["world"] > 1 else None, "bf16": False,
+        **({} if case["method"] == "PPO" else {"adjoint_tol": 1e-6}), "ddp_backend": "gloo" if case["world"] > 1 else None, "bf16": case["bf16"],
         "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
     }  # fmt: skip
-    trainer = make(
+    rewards = {"pair": PairReward, "classifier": lambda: classifier().float(), "discriminator": lambda: "discriminator"}
+    rows = dataset(case["rows"])
+    references = [f"w9 w{4 + index % 7}" for index in range(len(rows))]
+    return make(
         folder / f"{case['name']}-run", word_tokenizer(), model=llama().float(), peft_config=lora,
-        method=case["method"], **settings,
+        method=case["method"], reward=rewards[case["reward"]](), train=rows.add_column("reference", references),
+        **settings,
     )  # fmt: skip
-    if case["naive"]:
-        two_backwards(trainer)
-    trainer.train()
-    accelerator = trainer.accelerator
-    state = accelerator.get_state_dict(trainer.model_wrapped)
-    torch.save(
-        {
-            "parameters": {} if state is None else {name: value.cpu() for name, value in state.items()},
-            "losses": logs_of(trainer, "loss"),
-            "rewards": logs_of(trainer, "reward"),
-            "world": accelerator.num_processes,
-            "engine": accelerator.distributed_type.value,
-            "wrapper": type(trainer.model_wrapped).__name__,
-        },
-        folder / f"{case['name']}-{rank}.pt",
-    )
+
+
+def kept_draws(trainer):
+    """A list that every rollout of training adds its prompts, its noise and its tokens to."""
+    draws, record = [], trainer.record
+
+    def recording(batch, completions, values):
+        noise = trainer.random_for(batch).exponential(4, torch.float64)
+        draws.append({"prompts": batch.indices, "noise": noise, "tokens": completions.tokens})
+        return record(batch, completions, values)
+
+    trainer.record = recording
+    return draws
 
 
 def two_backwards(trainer):
