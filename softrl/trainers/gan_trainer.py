@@ -103,7 +103,7 @@ class AdversarialMixin:
     def _warm_up(self) -> None:
         """Train the discriminator on completions of the start; every process on its own share of the prompts.
 
-        Shares are of one size, if need be by a prompt that two processes have: a sharded model is called equally often.
+        Shares are of one size, if need be by a prompt that two processes have: all call a sharded model equally often.
         """
         args, dataset, size = self.args, self.train_dataset, self.args.per_device_eval_batch_size
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

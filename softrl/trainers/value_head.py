@@ -48,8 +48,9 @@ class ValueHeadMixin:
     What a trainer with a value head adds to [`~transformers.Trainer`]; without one it changes nothing.
 
     Overrides `create_optimizer` (a parameter group with `args.value_learning_rate`), `_clip_grad_norm` (the head's
-    gradient is clipped apart, so that it does not scale the policy's; DeepSpeed clips by the norm of all gradients
-    inside its step, head and policy together), `_save` and `_load_from_checkpoint` (a file `value_head.safetensors` in every checkpoint).
+    gradient is clipped apart, so that it does not scale the policy's; DeepSpeed clips inside its own step, by the norm
+    of all gradients together), `_save` and `_load_from_checkpoint` (a file `value_head.safetensors` in every
+    checkpoint).
     """
 
     value_head: ValueHead | None = None

@@ -4,6 +4,7 @@ Imports once and forks the ranks of every case, so that a case takes seconds. Ea
 `OUTPUT_DIR/<name>-<rank>.pt`, or its traceback to `<name>-<rank>.txt`.
 """
 
+import copy
 import json
 import os
 import socket
@@ -56,18 +57,27 @@ def on_rank(case, rank, port, folder):
 
     cpu_shim.install()
     trainer = trainer_of(case, folder)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    discriminator = getattr(trainer, "discriminator", None)
+    untrained = {} if discriminator is None else copy.deepcopy(discriminator.head.state_dict())
     draws = kept_draws(trainer)
     if case["naive"]:
         two_backwards(trainer)
     trainer.train()
-    accelerator, discriminator = trainer.accelerator, getattr(trainer, "discriminator", None)
-    state = accelerator.get_state_dict(trainer.model_wrapped)
+    accelerator = trainer.accelerator
+    if case["bf16"] and case["engine"].startswith("zero"):
+        state = float32_masters(trainer.model)
+        start = {name: value.bfloat16().float() for name, value in start.items()}  # what the masters are made of
+    else:
+        state = accelerator.get_state_dict(trainer.model_wrapped)
     torch.save(
         {
+            "start": start,
             "parameters": {} if state is None else {name: value.cpu() for name, value in state.items()},
             "logs": [row for row in trainer.state.log_history if "loss" in row],
             "draws": draws,
-            "discriminator": discriminator.head.state_dict() if discriminator is not None else {},
+            "untrained": untrained,
+            "discriminator": {} if discriminator is None else discriminator.head.state_dict(),
             "world": accelerator.num_processes,
             "engine": accelerator.distributed_type.value,
             "wrapper": type(trainer.model_wrapped).__name__,
@@ -87,10 +97,15 @@ def trainer_of(case, folder):
 
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
     settings = {
-        **({} if case["method"] == "PPO" else {"adjoint_tol": 1e-6}), "ddp_backend": "gloo" if case["world"] > 1 else None, "bf16": case["bf16"],
+        **({} if case["method"] == "PPO" else {"adjoint_tol": 1e-6}), "bf16": case["bf16"],
+        "ddp_backend": "gloo" if case["world"] > 1 else None,
         "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
     }  # fmt: skip
-    rewards = {"pair": PairReward, "classifier": lambda: classifier().float(), "discriminator": lambda: "discriminator"}
+    rewards = {
+        "pair": PairReward,
+        "classifier": lambda: classifier().float(),
+        "discriminator": lambda: "discriminator",
+    }
     rows = dataset(case["rows"])
     references = [f"w9 w{4 + index % 7}" for index in range(len(rows))]
     return make(
@@ -98,6 +113,13 @@ def trainer_of(case, folder):
         method=case["method"], reward=rewards[case["reward"]](), train=rows.add_column("reference", references),
         **settings,
     )  # fmt: skip
+
+
+def float32_masters(model):
+    """What DeepSpeed's optimizer keeps of bfloat16 parameters."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 def kept_draws(trainer):
