@@ -1,7 +1,8 @@
 """Tiny trainers on two gloo ranks, engine by engine: `python ranks.py OUTPUT_DIR CASES_JSON`.
 
 Imports once and forks the ranks of every case, so that a case takes seconds. Each rank writes what it saw to
-`OUTPUT_DIR/<name>-<rank>.pt`, or its traceback to `<name>-<rank>.txt`.
+`OUTPUT_DIR/<name>-<rank>.pt`, or its traceback to `<name>-<rank>.txt`. A case may resume the checkpoint of step 2 of
+a case before it.
 """
 
 import copy
@@ -16,7 +17,7 @@ import torch
 
 CASE = {
     "engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False,
-    "reward": "pair", "rows": 8, "bf16": False,
+    "reward": "pair", "rows": 8, "bf16": False, "resume": None,
 }  # fmt: skip
 _ZERO = {
     "ACCELERATE_USE_DEEPSPEED": "true",
@@ -63,7 +64,7 @@ def on_rank(case, rank, port, folder):
     draws = kept_draws(trainer)
     if case["naive"]:
         two_backwards(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=case["resume"] and str(folder / f"{case['resume']}-run" / "checkpoint-2"))
     accelerator = trainer.accelerator
     if case["bf16"] and case["engine"].startswith("zero"):
         state = float32_masters(trainer.model)

@@ -53,6 +53,10 @@ WHOLE_BUFFER = {
     "discriminator_batch_size": 64, "discriminator_buffer_size": 64, "discriminator_width": 6,
     "discriminator_learning_rate": 0.01, "gradient_penalty": 0.0,
 }  # fmt: skip
+SAMPLED_BUFFER = {
+    **WHOLE_BUFFER, "discriminator_batch_size": 4, "discriminator_buffer_size": 16, "gradient_penalty": 0.1,
+    "per_device_eval_batch_size": 4,
+}  # fmt: skip
 GAN = {"reward": "discriminator", "rows": 16}
 SPECIAL = {
     "no terms": {"lora": True, "settings": NO_TERMS},  # the head is called in a recomputed chunk alone
@@ -68,12 +72,9 @@ SPECIAL = {
     "checkpointing": {"settings": {"gradient_checkpointing": True}},
     "classifier, checkpointing": {"reward": "classifier", "settings": {"gradient_checkpointing": True}},
     "ppo in parts": {"method": "PPO", "settings": {**PPO, "num_mini_batches": 2}},
-    "gan of samples": {
-        **GAN, "rows": 17, "method": "TextGAN", "settings": {
-            **WHOLE_BUFFER, "discriminator_batch_size": 4, "discriminator_buffer_size": 16, "gradient_penalty": 0.1,
-            "per_device_eval_batch_size": 4,
-        },
-    },
+    "gan of samples": {**GAN, "rows": 17, "method": "TextGAN", "settings": SAMPLED_BUFFER},
+    "gan saved": {**GAN, "method": "TextGAN", "settings": SAMPLED_BUFFER | {"save_strategy": "steps", "save_steps": 2}},
+    "gan resumed": {**GAN, "method": "TextGAN", "settings": SAMPLED_BUFFER, "resume": "gan saved"},
 }  # fmt: skip
 SPECIAL_PARITY = [  # the engine, what it runs, and what one process runs
     ("zero3", "no terms", "no terms"),
@@ -92,6 +93,7 @@ SPECIAL_PARITY = [  # the engine, what it runs, and what one process runs
     ("fsdp2", "classifier, checkpointing", "classifier"),
 ]
 AGREEING = [("ddp", "ppo in parts"), ("zero3", "gan of samples")]
+RESUMED = [("zero2", "gan saved"), ("zero2", "gan resumed")]
 BF16_ENGINES = ("ddp", "zero2", "fsdp2")
 
 
@@ -99,13 +101,15 @@ def special(engine, what):
     """A case of `SPECIAL`; None is the plain one."""
     if what is None:
         return case(engine)
-    changes, plain = SPECIAL[what], case(engine)
+    changes, plain = dict(SPECIAL[what]), case(engine)
+    if "resume" in changes:
+        changes["resume"] = special(engine, changes["resume"])["name"]
     settings = plain["settings"] | changes.get("settings", {})
     return {**plain, **changes, "name": f"{engine}-{what.replace(' ', '-')}", "settings": settings}
 
 
 def special_cases():
-    found = [(engine, what) for engine, what, _ in SPECIAL_PARITY] + AGREEING
+    found = [(engine, what) for engine, what, _ in SPECIAL_PARITY] + AGREEING + RESUMED
     found += [("single", alone) for alone in dict.fromkeys(alone for *_, alone in SPECIAL_PARITY) if alone]
     found += [(engine, "bf16") for engine in ("single", *BF16_ENGINES)]
     return [special(*each) for each in found]
@@ -196,6 +200,15 @@ def test_processes_agree_where_one_would_do_something_else(ranks, engine, what):
         check_discriminators(ranks, special(engine, what))
     else:
         assert difference(found["parameters"], ranks(special(engine, what)["name"], 1)["parameters"]) == 0.0
+
+
+def test_a_text_gan_goes_on_with_its_discriminator_under_deepspeed(ranks):
+    """DeepSpeed's checkpoints are loaded by other means than the others."""
+    whole, resumed = (ranks(special(*each)["name"]) for each in RESUMED)
+    check_engine(resumed, "zero2")
+    assert difference(whole["parameters"], resumed["parameters"]) == 0.0
+    assert difference(whole["discriminator"], resumed["discriminator"]) == 0.0
+    assert len(resumed["draws"]) == 1  # of the last step
 
 
 @pytest.mark.parametrize("engine", BF16_ENGINES)
