@@ -73,7 +73,9 @@ SPECIAL = {
     "classifier, checkpointing": {"reward": "classifier", "settings": {"gradient_checkpointing": True}},
     "ppo in parts": {"method": "PPO", "settings": {**PPO, "num_mini_batches": 2}},
     "gan of samples": {**GAN, "rows": 17, "method": "TextGAN", "settings": SAMPLED_BUFFER},
-    "gan saved": {**GAN, "method": "TextGAN", "settings": SAMPLED_BUFFER | {"save_strategy": "steps", "save_steps": 2}},
+    "gan saved": {
+        **GAN, "method": "TextGAN", "settings": {**SAMPLED_BUFFER, "save_strategy": "steps", "save_steps": 2},
+    },
     "gan resumed": {**GAN, "method": "TextGAN", "settings": SAMPLED_BUFFER, "resume": "gan saved"},
 }  # fmt: skip
 SPECIAL_PARITY = [  # the engine, what it runs, and what one process runs
