@@ -1,10 +1,12 @@
 """`SoftRolloutTrainer`: backpropagates a differentiable reward through soft rollouts. The maths is in `estimators`."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from softrl.estimators.adjoint import chosen_method
@@ -17,6 +19,7 @@ from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
 from softrl.trainers.batches import Completions, PromptBatch
+from softrl.trainers.engines import backward_but_last
 from softrl.trainers.rollout_trainer import RolloutTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.types import Rollout
@@ -29,7 +32,8 @@ class SoftRolloutTrainer(RolloutTrainer):
     Trainer that maximises a differentiable reward by backpropagating it through rollouts of soft tokens.
 
     A step has three phases: a rollout without gradients, cotangents by input-only products on the unwrapped model, and
-    one forward and backward of a surrogate through the wrapped one, whose gradient is the estimate. With respect to
+    one forward and backward (or `surrogate_chunks` of them) of a surrogate through the wrapped one, whose gradient is
+    the estimate. With respect to
     [`RolloutTrainer`], which lists the arguments, it adds `set_up` and `compute_loss`.
 
     Example:
@@ -84,14 +88,18 @@ class SoftRolloutTrainer(RolloutTrainer):
         with self.accelerator.autocast():
             # Until the backward pass is over: checkpointed layers are recomputed in it, and must not draw dropout.
             evaluation_mode(unwrapped, checkpointed=args.gradient_checkpointing)
-            if self._shares_a_pass(rollout):
+            if shares_a_pass := self._shares_a_pass(rollout):
                 estimate, output = self._redirect(model, unwrapped, self._in_one_pass, rollout, batch.columns)
             else:
                 estimate = self._estimate(rollout, batch.columns)
-                output = self._redirect(model, unwrapped, self._surrogate, estimate)
         completions = hard_completions(rollout, self.eos_ids, args.max_completion_length)
+        weights = self.loss_weights(completions)
+        if shares_a_pass:
+            loss = -(output.value * weights).mean()
+        else:
+            loss, output = self._surrogate_loss(model, estimate, weights)
         self._record_step(batch, completions, estimate, output, scheduled)
-        return -(output.value * self.loss_weights(completions)).mean()
+        return loss
 
     def follow_schedules(self) -> dict[str, float]:
         changing = super().follow_schedules()
@@ -110,7 +118,8 @@ class SoftRolloutTrainer(RolloutTrainer):
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         num_steps, replayable = rollout.mask.shape[1], self.policy.is_replayable
         method = chosen_method(self.adjoint_settings, self.relaxation, num_steps, replayable)
-        return method == "parallel" and not sharded and not self.args.gradient_checkpointing
+        whole = self.args.surrogate_chunks == 1
+        return method == "parallel" and whole and not sharded and not self.args.gradient_checkpointing
 
     def _in_one_pass(self, rollout: Rollout, columns: dict[str, list]) -> tuple[Estimate, SurrogateOutput]:
         forward = ForwardPass.of(self.policy, rollout)
@@ -123,6 +132,27 @@ class SoftRolloutTrainer(RolloutTrainer):
                 self.policy, rollout, self.relaxation, self.rewards, self.terms, self.adjoint_settings, columns,
                 forward,
             )  # fmt: skip
+
+    def _surrogate_loss(
+        self, model: nn.Module, estimate: Estimate, weights: Float[Tensor, "N"]
+    ) -> tuple[Tensor, SurrogateOutput]:
+        """Minus the surrogate's weighted mean; all but the last of `surrogate_chunks` are differentiated in here."""
+        unwrapped, chunks = self.accelerator.unwrap_model(model), self.args.surrogate_chunks
+        outputs: list[SurrogateOutput] = []
+
+        def loss_of(part: Estimate, of_part: Float[Tensor, "M"]) -> Tensor:
+            with self.accelerator.autocast():
+                output = self._redirect(model, unwrapped, self._surrogate, part)
+            outputs.append(replace(output, value=output.value.detach()))
+            return -(output.value * of_part).mean() / chunks
+
+        if chunks == 1:
+            return loss_of(estimate, weights), outputs[0]
+        parts = zip(estimate.split(chunks), weights.chunk(chunks), strict=True)
+        losses = [partial(loss_of, *part) for part in parts]
+        loss = backward_but_last(self.accelerator, model, losses, self.current_gradient_accumulation_steps)
+        errors = torch.stack([output.replay_error for output in outputs])
+        return loss, SurrogateOutput(torch.cat([output.value for output in outputs]), errors.max())
 
     def _surrogate(self, estimate: Estimate, forward: ForwardPass | None = None) -> SurrogateOutput:
         return surrogate(self.policy, self.relaxation, estimate, self.terms, self.adjoint_settings, forward)
