@@ -16,7 +16,8 @@ class SoftRolloutConfig(RelaxationConfig):
     Parameters:
         surrogate_chunks (`int`, *optional*, defaults to `1`):
             Parts of a micro-batch whose surrogates are run one after the other, each with a forward and a backward
-            pass of its own. Rollouts stay as large as they are, and the last phase keeps the activations of one part.
+            pass of its own: the last phase keeps the activations of one part, while rollout and cotangents are of the
+            whole. The sequential cotangents keep those of one step anyway; the parallel ones need the whole pass.
     """
 
     surrogate_chunks: int = field(default=1, metadata={"help": "Parts of a micro-batch in the last phase."})

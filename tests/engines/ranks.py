@@ -58,6 +58,8 @@ def on_rank(case, rank, port, folder):
 
     cpu_shim.install()
     trainer = trainer_of(case, folder)
+    if case["engine"] == "zero3":
+        free_parameters(trainer.accelerator)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     discriminator = getattr(trainer, "discriminator", None)
     untrained = {} if discriminator is None else copy.deepcopy(discriminator.head.state_dict())
@@ -114,6 +116,12 @@ def trainer_of(case, folder):
         method=case["method"], reward=rewards[case["reward"]](), train=rows.add_column("reference", references),
         **settings,
     )  # fmt: skip
+
+
+def free_parameters(accelerator):
+    """Make ZeRO-3 free all parameters after each use, as it does a large model's; it would keep all of a tiny one."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    settings |= {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
 
 
 def float32_masters(model):
@@ -173,10 +181,14 @@ def main():
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.environ["DS_ACCELERATOR"] = "cpu"
     import accelerate.utils.deepspeed  # noqa: F401
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (three seconds: every optimizer is compared to it)
+    import helpers  # noqa: F401
+    import peft  # noqa: F401
     import transformers  # noqa: F401
+    from trainers import tiny  # noqa: F401
 
-    import softrl.trainers.soft_rollout_trainer  # noqa: F401
+    import softrl.trainers.gan_trainer
+    import softrl.trainers.ppo_trainer  # noqa: F401
 
     for case in cases:
         print(case["name"], run({**CASE, **case}, folder), flush=True)

@@ -68,9 +68,12 @@ SPECIAL = {
     "reinforce gan": {**GAN, "method": "ReinforceGAN", "settings": {**WHOLE_BUFFER, **METHODS["Reinforce"]}},
     "classifier": {"reward": "classifier"},
     "bf16": {"bf16": True},
-    # Two processes without one to compare with:
+    # No case of one process has these settings:
     "checkpointing": {"settings": {"gradient_checkpointing": True}},
     "classifier, checkpointing": {"reward": "classifier", "settings": {"gradient_checkpointing": True}},
+    "chunks": {
+        "settings": {"surrogate_chunks": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    },
     "ppo in parts": {"method": "PPO", "settings": {**PPO, "num_mini_batches": 2}},
     "gan of samples": {**GAN, "rows": 17, "method": "TextGAN", "settings": SAMPLED_BUFFER},
     "gan saved": {
@@ -91,6 +94,7 @@ SPECIAL_PARITY = [  # the engine, what it runs, and what one process runs
     ("fsdp2", "reinforce gan", "reinforce gan"),
     ("ddp", "checkpointing", None),
     ("zero2", "checkpointing", None),
+    *((engine, "chunks", None) for engine in ("ddp", "zero2", "zero3", "fsdp2")),
     ("zero3", "classifier, checkpointing", "classifier"),
     ("fsdp2", "classifier, checkpointing", "classifier"),
 ]
@@ -158,8 +162,8 @@ def check_parity(alone, found, engine):
     check_engine(found, engine)
     assert (alone["world"], alone["engine"]) == (1, "NO")
     assert difference(alone["parameters"], found["parameters"]) < TOLERANCE
-    rewards = logged(alone, "reward")
-    assert logged(found, "reward") == pytest.approx(rewards, abs=TOLERANCE)  # metrics are over all ranks
+    for name in ("reward", "loss"):  # over all ranks
+        assert logged(found, name) == pytest.approx(logged(alone, name), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(("engine", "method", "lora", "accumulation"), PARITY)
