@@ -64,7 +64,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, target)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 @contextlib.contextmanager
@@ -80,16 +80,24 @@ def write_folder_atomically(path: str | Path) -> Iterator[Path]:
         An empty folder beside it; the caller fills it. On an exception it is removed.
     """
     target = Path(path)
-    temporary, replaced = _temporary_name(target), _temporary_name(target)
+    temporary = _temporary_name(target)
     try:
         temporary.mkdir()
         yield temporary
+        replace_folder(temporary, target)
+    finally:
+        remove(temporary)
+
+
+def replace_folder(made: Path, target: Path) -> None:
+    """Give a complete folder its name; an older one of that name goes."""
+    replaced = _temporary_name(target)
+    try:
         if target.exists():
             os.rename(target, replaced)
-        os.rename(temporary, target)
+        os.rename(made, target)
     finally:
-        _remove(temporary)
-        _remove(replaced)
+        remove(replaced)
 
 
 def cached_folder(
@@ -140,7 +148,7 @@ def discard(name: str, needed_by: str) -> None:
     folder = cache_dir() / name
     if folder.exists():
         with contextlib.suppress(Timeout, OSError), _lock(folder.with_name(needed_by)).acquire(timeout=0):
-            _remove(folder)
+            remove(folder)
 
 
 def is_current(folder: Path, inputs: Mapping[str, Any]) -> bool:
@@ -150,6 +158,15 @@ def is_current(folder: Path, inputs: Mapping[str, Any]) -> bool:
         return False
     found = _sizes(folder)
     return all(found.get(name) == size_bytes for name, size_bytes in card["files"].items())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder. What resists (a dying pip still writes there) stays for the next run's clean-up."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -248,16 +265,7 @@ def _temporary_name(target: Path) -> Path:
 def _remove_stale(folder: Path) -> None:
     """Remove what dead runs left of this piece; call it under the piece's lock, when no live run can own any."""
     for path in folder.parent.glob(f".{folder.name}.*.tmp"):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder. What resists (a dying pip still writes there) stays for the next run's clean-up."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -186,8 +186,14 @@ def classifier() -> nn.Module:
     return _redraw(GPT2ForSequenceClassification(config), 7, 0.4)
 
 
-def _sequence_classifier(pooling: str) -> SequenceClassifierReward:
-    return SequenceClassifierReward(classifier(), pooling=pooling, include_prompt=False)
+def _sequence_classifier(pooling: str, append_eos: bool = False) -> SequenceClassifierReward:
+    model, tokenizer = classifier(), None
+    if append_eos:
+        from trainers.tiny import word_tokenizer
+
+        tokenizer = word_tokenizer()
+        model.config.eos_token_id = [EOS, 4, 7, 13]  # as instruction-tuned models have several
+    return SequenceClassifierReward(model, tokenizer, pooling=pooling, include_prompt=False, append_eos=append_eos)
 
 
 def _function() -> FunctionReward:
@@ -278,6 +284,7 @@ ALL_REWARDS = {
     "token linear, sum": lambda: _token_linear("identity", "sum"),
     "weighted": lambda: WeightedRewards([PairReward(), _token_linear("sigmoid", "mean")], [0.5, -2.0]),
     "sequence classifier, last token": lambda: _sequence_classifier("last"),
+    "sequence classifier, end of sequence": lambda: _sequence_classifier("last", append_eos=True),
     "sequence classifier, mean": lambda: _sequence_classifier("mean"),
     "function": _function,
     "repetition": lambda: RepetitionPenalty(n=1),

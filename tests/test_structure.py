@@ -50,3 +50,24 @@ def test_core_rooms_import_without_trl():
     code = f"import sys\nfor room in '{rooms}'.split(): __import__('softrl.' + room)\nassert 'trl' not in sys.modules"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_nothing_from_outside_is_loaded_in_a_way_that_runs_code():
+    """Pickles only by restricted readers, YAML by the safe loader, no remote code, no archive unpacked whole."""
+    allowed = {("_keras_files.py", "pickle.Unpickler")}  # the base of a reader that admits four names
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = f"{node.value.id}.{node.attr}"
+                if name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "yaml.unsafe_load"):
+                    found.add((path.name, name))
+            if isinstance(node, ast.Attribute) and node.attr in ("extractall", "read_pickle"):
+                found.add((path.name, node.attr))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if settings.get("weights_only") != "True":
+                    found.add((path.name, "torch.load"))
+            if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+                found.add((path.name, node.arg))
+    assert found == allowed

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from softrl.cli.train import build_trainer, checkpoint_to_resume, parse
+from softrl.cli.train import build_trainer, checkpoint_to_resume, parse, train
 
 USAGE = """usage: softrl quickstart [--resume] [--seed N] [--output_dir DIR] [--key value ...]
 
@@ -70,13 +70,14 @@ def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -
         before = evaluated(trainer, "before training")
         if is_main:
             save_samples(before, folder / "before.json")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if interrupt.interrupted:
+    if (status := train(trainer, checkpoint, "softrl quickstart")) is not None:
+        return status
+    if interrupt.signal is not None:
         say(
             f"Stopped at step {trainer.state.global_step}. Go on with: "
             f"{' '.join(['softrl quickstart --resume', *argv])}"
         )
-        return 130
+        return interrupt.exit_code
     after = evaluated(trainer, "after training")
     trainer.save_model(str(folder))
     trainer.save_state()

@@ -100,19 +100,8 @@ def load_prompts(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: the data set is empty, cannot be read, or lacks a split; or a prefix for conversations.
     """
-    from datasets.exceptions import DatasetsError
-
     name = arguments.dataset_name
-    if Path(name).is_file() and Path(name).stat().st_size == 0:
-        raise ValueError(f"dataset_name={name!r} is an empty file; it needs at least two prompts")
-    try:
-        train, test = _load_splits(arguments, tokenizer)
-    except (DatasetsError, OSError) as error:
-        raise ValueError(
-            f"dataset_name={name!r} cannot be read ({error.__cause__ or error}); pass {BUILTIN_DATASET!r}, "
-            f"{KEYWORDS_DATASET!r}, a hub "
-            "name, a folder saved by save_to_disk, or a .json, .jsonl, .csv, .parquet or .txt file"
-        ) from error
+    train, test = _load_splits(arguments, tokenizer)
     prefix = arguments.prompt_prefix
     if not prefix or "prompt" not in train.column_names:  # the trainer says what is missing
         return train, test
@@ -129,8 +118,6 @@ def load_prompts(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
-    import datasets
-
     name = arguments.dataset_name
     counts: dict[Any, int] = {"train": arguments.num_train_prompts, "test": arguments.num_eval_prompts}
     if name == BUILTIN_DATASET:
@@ -148,17 +135,16 @@ def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
         longest = arguments.reference_length_tokens or 24
         train, test = (review_keywords(tokenizer, count, longest, split) for split, count in counts.items())
         return train, test
-    suffix = Path(name).suffix.lstrip(".")
+    from softrl.data.files import read_data_set
+
+    splits = read_data_set(name, (BUILTIN_DATASET, KEYWORDS_DATASET))
     if Path(name).is_file():
-        builder = {"jsonl": "json", "txt": "text"}.get(suffix, suffix)
-        loaded = datasets.load_dataset(builder, data_files=name)["train"]
-        if builder == "text":
+        loaded = splits["train"]
+        if Path(name).suffix == ".txt":
             loaded = loaded.rename_column("text", "prompt")
         if len(loaded) < 2:
             raise ValueError(f"dataset_name={name!r} has {len(loaded)} prompts; it needs two, one to hold out")
         splits = loaded.train_test_split(test_size=min(arguments.num_eval_prompts, len(loaded) // 2), seed=0)
-    else:
-        splits = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     wanted = (
         (arguments.dataset_train_split, arguments.num_train_prompts),
         (arguments.dataset_test_split, arguments.num_eval_prompts),
@@ -199,6 +185,9 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    from softrl.trainers.checkpoints import latest_checkpoint
+    from softrl.trainers.rollout_config import RolloutConfig
+
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
@@ -207,10 +196,26 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder; pass one, or 'latest'")
         return str(wanted)
     folder = training_args.output_dir
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    newest = (
+        latest_checkpoint if isinstance(training_args, RolloutConfig) else get_last_checkpoint
+    )  # TRL's have no list
+    last = newest(folder) if Path(folder).is_dir() else None
     if last is None:
         raise ValueError(f"resume_from_checkpoint={wanted!r}, but {folder} holds no checkpoint to resume from")
     return last
+
+
+def train(trainer: Any, checkpoint: str | None, command: str) -> int | None:
+    """Train; an exit code where the run cannot go on or cannot start from that checkpoint, which is then said why."""
+    from softrl.trainers.checkpoints import CheckpointError, NotResumableError
+
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (CheckpointError, NotResumableError, FloatingPointError) as error:
+        if trainer.is_world_process_zero():
+            print(f"{command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, NotResumableError) else 1
+    return None
 
 
 def main(argv: list[str]) -> int:
@@ -235,13 +240,12 @@ def main(argv: list[str]) -> int:
     for reward in trainer.rewards.rewards if hasattr(trainer, "rewards") else []:
         if isinstance(reward, ReadsDecodedText):
             trainer.accelerator.print(f"Reward {reward.name!r} has another tokenizer: {reward.coverage}.")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if interrupt.interrupted:
-        trainer.accelerator.print(
-            f"Stopped at step {trainer.state.global_step}. Resume with: softrl train {' '.join(argv)} "
-            "--resume_from_checkpoint latest"
-        )
-        return 130
+    resume = f"softrl train {' '.join(argv)} --resume_from_checkpoint latest"
+    if (status := train(trainer, checkpoint, "softrl train")) is not None:
+        return status
+    if interrupt.signal is not None:
+        trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. Resume with: {resume}")
+        return interrupt.exit_code
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if trainer.is_world_process_zero():

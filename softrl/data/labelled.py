@@ -4,12 +4,10 @@ Left out: conversations as pairs, which `trl`'s data sets have in its own format
 """
 
 import random
-from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict
 
+from softrl.data.files import read_data_set
 from softrl.data.reviews import LabelledText, Part, load_reviews, pieces, sample, snippets, unit_hash
 
 BUILTIN = "reviews"
@@ -92,23 +90,8 @@ def _pairs(part: Part, prompt: str, num_pairs: int) -> Dataset:
 
 
 def _loaded(name: str, columns: tuple[str, ...]) -> tuple[Dataset, Dataset]:
-    """Splits "train" and "test" of a file (.csv, .json, .jsonl, .parquet), a folder of `save_to_disk`, a hub name.
-
-    A tenth is held out where there is no second split.
-    """
-    loaded: Any
-    try:
-        if Path(name).is_file():
-            suffix = Path(name).suffix.lstrip(".")
-            loaded = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=name)
-        else:
-            loaded = load_from_disk(name) if Path(name).is_dir() else load_dataset(name)
-    except (DatasetsError, OSError) as error:
-        raise ValueError(
-            f"dataset_name={name!r} cannot be read ({error.__cause__ or error}); pass {BUILTIN!r}, a hub name, a "
-            "folder saved by save_to_disk, or a .csv, .json, .jsonl or .parquet file"
-        ) from error
-    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    """Splits "train" and "test" of a named data set; a tenth is held out where there is no second split."""
+    splits = read_data_set(name, (BUILTIN,))
     if "test" not in splits:
         only = next(iter(splits.values()))
         held = [unit_hash(str(row), "held out") < _HELD_OUT_FRACTION for row in only]

@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from softrl.data.prompts import prompt_ids
 from softrl.rewards.base import one_hot_tokens
 from softrl.rewards.classifier import SoftClassifier
-from softrl.rewards.sequences import Pooling
+from softrl.rewards.sequences import Pooling, with_end
 from softrl.types import SoftTokens
 
+APPEND_EOS = "append_eos"  # in the model's configuration
 Link = Literal["identity", "sigmoid", "softmax", "log_softmax"]
 
 
@@ -39,8 +40,11 @@ class SequenceClassifierReward(nn.Module):
         pooling: "last" (the default) or "mean", over prompt and completion, for models that pool the last token;
             those that pool the first one (BERT) keep their own way.
         include_prompt: put the `prompt` column (text or conversation) in front of the completion.
+        append_eos: put the tokenizer's end of sequence behind completions that were cut off, as models need that were
+            trained on whole texts. TRL's `RewardTrainer` ends texts with it (conversations it does not). Default:
+            `append_eos` of the model's configuration, which `softrl reward fit` writes; else False.
     Raises:
-        ValueError: a label, link or pooling that the model does not have, or no tokenizer for the prompts.
+        ValueError: a label, link or pooling that the model does not have, or no tokenizer for prompts or end.
         TypeError: a model that soft tokens cannot be fed to, see `SoftClassifier`.
     """
 
@@ -54,6 +58,7 @@ class SequenceClassifierReward(nn.Module):
         link: Link | None = None,
         pooling: Pooling | None = None,
         include_prompt: bool = True,
+        append_eos: bool | None = None,
     ) -> None:
         super().__init__()
         self.name = name or default_name(model)
@@ -70,6 +75,14 @@ class SequenceClassifierReward(nn.Module):
         self.pooling = checked_pooling(self.name, pooling, self.classifier.pools_last)
         self.tokenizer = tokenizer
         self.include_prompt = include_prompt
+        self.append_eos = getattr(config, APPEND_EOS, False) if append_eos is None else append_eos
+        ends = getattr(config, "eos_token_id", None)
+        self._ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+        if self.append_eos and getattr(tokenizer, "eos_token_id", None) is None:
+            raise ValueError(
+                f"reward {self.name!r} puts an end of sequence behind completions and knows none; pass a tokenizer "
+                "that has one, or append_eos=False"
+            )
 
     @classmethod
     def from_pretrained(
@@ -82,6 +95,7 @@ class SequenceClassifierReward(nn.Module):
         link: Link | None = None,
         pooling: Pooling | None = None,
         include_prompt: bool = True,
+        append_eos: bool | None = None,
         **model_kwargs: Any,
     ) -> "SequenceClassifierReward":
         """Load a classifier by hub name or local folder; `model_kwargs` go to transformers (`dtype`, `revision`, ...).
@@ -99,7 +113,7 @@ class SequenceClassifierReward(nn.Module):
         model = load_classifier(name_or_path, **model_kwargs)
         return cls(
             model, tokenizer, name=name or Path(name_or_path).name, label=label, link=link, pooling=pooling,
-            include_prompt=include_prompt,
+            include_prompt=include_prompt, append_eos=append_eos,
         )  # fmt: skip
 
     def soft(self, tokens: SoftTokens, **columns: Any) -> Float[Tensor, "N"]:
@@ -108,7 +122,10 @@ class SequenceClassifierReward(nn.Module):
         Raises:
             ValueError: no `prompt` column, or texts that the model cannot read, see `SoftClassifier.forward`.
         """
-        logits = self.classifier(tokens, self._prompts(tokens.ids, columns), self.pooling)
+        prompts = self._prompts(tokens.ids, columns)
+        if self.append_eos and self.tokenizer is not None:
+            tokens = with_end(tokens, self.tokenizer.eos_token_id, self._ends)
+        logits = self.classifier(tokens, prompts, self.pooling)
         return linked(logits, self.index, self.link)
 
     def hard(self, ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"], **columns: Any) -> Float[Tensor, "N"]:

@@ -4,14 +4,17 @@ token counts in attention, and which position is pooled. Pure functions; network
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from softrl.masking import is_any_of
 from softrl.models.policy import chunk_length
 from softrl.tokens.embedding import mixture_embedding
 from softrl.types import SoftTokens
@@ -54,6 +57,24 @@ def mixtures(
     pieces = zip(ids.flatten(0, 1).split(size), weights.flatten(0, 1).split(size), strict=True)
     mixed = [checkpoint(mixture, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     return torch.cat(mixed).unflatten(0, ids.shape[:2])
+
+
+def with_end(tokens: SoftTokens, eos_id: int, ends: tuple[int, ...] = ()) -> SoftTokens:
+    """The same tokens, and an end of sequence behind those that have not come to it or to another of `ends`.
+
+    Reward models that learned from whole texts read their verdict off it, and off nothing else: TRL's `RewardTrainer`
+    puts one behind every text. Under soft stopping it counts by the probability that nothing has ended the text.
+    """
+    ended = (tokens.weights * is_any_of(tokens.ids, (eos_id, *ends))).sum(-1) * tokens.mask
+    length = tokens.mask.sum(-1)
+    last = F.pad(ended, (1, 0)).gather(1, length[:, None])[:, 0]  # 0 where nothing was written
+    steps = torch.arange(tokens.mask.shape[1] + 1, device=length.device)
+    here = (steps == length[:, None]) & (last < 1.0)[:, None]
+    ids, weights = (F.pad(values, (0, 0, 0, 1)) for values in (tokens.ids, tokens.weights))
+    first = torch.arange(ids.shape[-1], device=ids.device) == 0
+    ids = torch.where(here[..., None] & first, eos_id, ids)
+    weights = torch.where(here[..., None], first.to(weights), weights)
+    return replace(tokens, ids=ids, weights=weights, mask=F.pad(tokens.mask, (0, 1)) | here)
 
 
 def last_token_weights(tokens: SoftTokens, pad_id: int | None) -> Float[Tensor, "N positions"]:

@@ -26,7 +26,8 @@ def rollout_of(
 
     Args:
         policy: the model that the tokens were sampled from, at the same parameters and temperature.
-        sampled: N completions drawn from `sampler_log_probs(logits, relaxation.truncation)`.
+        sampled: N completions drawn from `sampler_log_probs(logits, relaxation.truncation)`; what stands where their
+            mask is False does not matter.
         relaxation: a straight-through one.
         random: one stream a sequence, for the posterior noise.
         eos_ids: not empty for soft stopping, see `Rollout`.

@@ -105,7 +105,7 @@ class SoftmaxMixture(Relaxation):
     def draw(
         self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
     ) -> Support:
-        log_probs = sampler_log_probs(logits, self.truncation)
+        log_probs = sampler_log_probs(logits, self.truncation, tokens)
         return _given(log_probs.argmax(-1) if tokens is None else tokens, log_probs, self.truncation.top_k)
 
 
@@ -125,7 +125,7 @@ class StraightThrough(Relaxation):
     def draw(
         self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
     ) -> Support:
-        log_probs = sampler_log_probs(logits, self.truncation)
+        log_probs = sampler_log_probs(logits, self.truncation, tokens)
         if tokens is None:
             kept_log_probs, ids, _ = largest(log_probs, self.truncation.top_k)
             race = kept_log_probs + random.gumbel(self.truncation.top_k, logits.dtype)
@@ -148,7 +148,7 @@ class GumbelSoftmax(Relaxation):
     def draw(
         self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
     ) -> Support:
-        log_probs = sampler_log_probs(logits, self.truncation)
+        log_probs = sampler_log_probs(logits, self.truncation, tokens)
         if tokens is None:
             perturbed = log_probs + random.gumbel(logits.shape[-1], logits.dtype)
         else:
@@ -203,7 +203,7 @@ class GumbelRao(Relaxation):
     def draw(
         self, logits: Float[Tensor, "N V"], random: SequenceRandom, tokens: Int[Tensor, "N"] | None = None
     ) -> Support:
-        log_probs = sampler_log_probs(logits, self.truncation)
+        log_probs = sampler_log_probs(logits, self.truncation, tokens)
         if tokens is None:
             tokens = (log_probs + random.gumbel(logits.shape[-1], logits.dtype)).argmax(-1)
         support = _given(tokens, log_probs, self.truncation.top_k)

@@ -65,11 +65,20 @@ def nucleus(logits: Float[Tensor, "N V"], truncation: Truncation) -> Bool[Tensor
     return kept
 
 
-def sampler_log_probs(logits: Float[Tensor, "N V"], truncation: Truncation) -> Float[Tensor, "N V"]:
-    """log π of the sampler: the nucleus of softmax(logits), renormalised; −inf outside it."""
+def sampler_log_probs(
+    logits: Float[Tensor, "N V"], truncation: Truncation, tokens: Int[Tensor, "N"] | None = None
+) -> Float[Tensor, "N V"]:
+    """log π of the sampler: the nucleus of softmax(logits), renormalised; −inf outside it.
+
+    `tokens` are ids that were sampled already. They count as inside, come what may: an engine that computes in another
+    precision may draw one from just beyond the edge.
+    """
     if not truncation.has_nucleus:
         return logits.log_softmax(-1)
-    return logits.masked_fill(~nucleus(logits, truncation), -torch.inf).log_softmax(-1)
+    inside = nucleus(logits, truncation)
+    if tokens is not None:
+        inside = inside.scatter(-1, tokens[:, None], True)
+    return logits.masked_fill(~inside, -torch.inf).log_softmax(-1)
 
 
 def largest(

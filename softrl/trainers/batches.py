@@ -72,6 +72,15 @@ def indexed(dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> Data
     return dataset.add_column(INDEX_COLUMN, list(range(len(dataset))))
 
 
+def indexed_for_evaluation(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """An evaluation set, or several by name, with row indices."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: indexed(each, f"eval_dataset[{name!r}]", tokenizer) for name, each in dataset.items()}
+    return indexed(dataset, "eval_dataset", tokenizer)
+
+
 def _prompt_hint(columns: list[str]) -> str:
     if {"chosen", "rejected"} <= set(columns):
         return ". What `chosen` and `rejected` begin with is the prompt: dataset.map(trl.extract_prompt)"

@@ -4,6 +4,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -12,29 +13,44 @@ _SHOWN = {"reward/hard": "reward", "judge": "judge", "kl": "kl", "reward/gap": "
 
 
 class InterruptCallback(TrainerCallback):
-    """The first Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once.
+    """The first Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; a second one stops at once.
 
-    `interrupted` tells afterwards whether that happened.
+    Clusters send SIGTERM some seconds before SIGKILL, to some processes or to all of them: what one of a distributed
+    run has received, all of them obey, at the end of the same step.
+
+    Attributes:
+        signal: what stopped the run; None if nothing did.
     """
 
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = None
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process that this signal ended."""
+        return 0 if self.signal is None else 128 + self.signal
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous)
-        tqdm.write("Interrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once).")
+        self.signal = number
+        self._restore()
+        tqdm.write(
+            f"{signal.Signals(number).name}: finishing this step and saving a checkpoint (a second one stops at once)."
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.interrupted:
+        if args.world_size > 1:
+            self.signal = max(gather_object([self.signal or 0])) or None
+        if self.signal is not None:
             control.should_save = True
             control.should_training_stop = True
         return control
@@ -42,7 +58,12 @@ class InterruptCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
 
 class GamingCallback(TrainerCallback):

@@ -26,7 +26,7 @@ from softrl.tokens.truncation import Truncation
 from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch, prompt_text
 from softrl.trainers.loading import eos_token_ids
 from softrl.trainers.metrics import sample_std
-from softrl.types import Prompts
+from softrl.types import HardRollout, Prompts
 
 _EVALUATION_STEP = -1  # random streams of evaluations: the same draws before, during and after training
 
@@ -114,6 +114,7 @@ class Evaluator:
         truncation: the sampler's nucleus rules.
         judge: scores decoded completions; None for none.
         seed: of the random streams, with each row's index.
+        sample_hard: what samples; `hard_rollout`, or a function of the same arguments.
     """
 
     policy: Policy
@@ -125,12 +126,13 @@ class Evaluator:
     truncation: Truncation
     judge: Judge | None = None
     seed: int = 42
+    sample_hard: Callable[..., HardRollout] = hard_rollout
 
     @torch.no_grad()
     def samples(self, batch: PromptBatch) -> list[Sample]:
         """Sample and measure one completion for every prompt of a batch of one sample a prompt."""
         random = SequenceRandom.keyed(self.seed, _EVALUATION_STEP, batch.indices, 1, batch.prompts.ids.device)
-        sampled = hard_rollout(
+        sampled = self.sample_hard(
             self.policy, batch.prompts, self.truncation, random, self.max_completion_length, eos_ids=self.eos_ids
         )
         tokens, mask = sampled.tokens, sampled.mask

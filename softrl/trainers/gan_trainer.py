@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softrl.rewards.base import Reward, one_hot_tokens
 from softrl.rewards.discriminator import Discriminator
@@ -39,7 +39,7 @@ class AdversarialMixin:
     Every process has a buffer of its own share of the prompts, and all have the same discriminator.
 
     Overrides `__init__`, `make_rewards`, `compute_loss` (the first updates), `finish_step` (the others),
-    `_save_checkpoint` and `_load_optimizer_and_scheduler`, which is called under every engine.
+    `save_own_state` and `_load_optimizer_and_scheduler`, which is called under every engine.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = DISCRIMINATOR, args: Any = None, *others: Any, **settings: Any):
@@ -126,9 +126,8 @@ class AdversarialMixin:
             f"Discriminator after {args.discriminator_warmup_steps} updates on the start: {numbers}"
         )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+    def save_own_state(self, folder: Path) -> None:
+        super().save_own_state(folder)
         self.adversary.save(folder, self.accelerator.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -13,7 +13,6 @@ from softrl.estimators.base import Problem
 from softrl.estimators.ppo import PPOEstimate
 from softrl.masking import per_sequence_mean
 from softrl.models.policy import evaluation_mode
-from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import sequence_seed
 from softrl.trainers._bridge import ForwardRedirection
 from softrl.trainers.batches import INDEX_COLUMN, Completions
@@ -124,7 +123,7 @@ class PPOTrainer(ValueHeadMixin, RolloutTrainer):
         batch = self.prompt_batch(inputs, args.num_generations)
         scheduled = self.follow_schedules()
         with self._metrics.timed("rollout"), self.accelerator.autocast():
-            sampled = hard_rollout(
+            sampled = self.sample_hard(
                 self.policy, batch.prompts, self.truncation, self.random_for(batch), args.max_completion_length,
                 args.num_generations, self.eos_ids,
             )  # fmt: skip

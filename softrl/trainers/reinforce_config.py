@@ -143,7 +143,7 @@ class ReinforceConfig(RelaxationConfig):
 
     def _check_relaxation(self) -> None:
         super()._check_relaxation()
-        self.make_estimator()
+        self.check_engine_samples(self.make_estimator().relaxation)
 
     def make_truncation(self, step: int = 0, max_steps: int = 1) -> Truncation:
         if not self.uses_relaxation:

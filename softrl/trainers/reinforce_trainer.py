@@ -16,7 +16,6 @@ from softrl.models.policy import evaluation_mode
 from softrl.objectives.clipped import clipped_value_loss
 from softrl.rewards.base import checked_soft
 from softrl.rollouts.given import rollout_of
-from softrl.rollouts.hard import hard_rollout
 from softrl.rollouts.soft import soft_rollout
 from softrl.trainers._bridge import ForwardRedirection
 from softrl.trainers.batches import Completions, PromptBatch
@@ -109,12 +108,13 @@ class ReinforceTrainer(ValueHeadMixin, RolloutTrainer):
     def rollout(self, batch: PromptBatch) -> HardRollout | Rollout:
         """Samples of the policy, with what the estimator's relaxation records of them."""
         args, random, relaxation = self.args, self.random_for(batch), self.estimator.relaxation
-        if relaxation is not None and (relaxation.samples_policy or not relaxation.feeds_one_hot):
+        mixes = relaxation is not None and not relaxation.feeds_one_hot
+        if mixes or (self.generation_engine is None and relaxation is not None and relaxation.samples_policy):
             return soft_rollout(
                 self.policy, batch.prompts, relaxation, random, args.max_completion_length, args.num_generations,
                 self.eos_ids, args.soft_stopping,
             )  # fmt: skip
-        sampled = hard_rollout(
+        sampled = self.sample_hard(
             self.policy, batch.prompts, self.truncation, random, args.max_completion_length, args.num_generations,
             self.eos_ids,
         )  # fmt: skip

@@ -108,7 +108,7 @@ class RelaxationConfig(RolloutConfig):
     def _check_relaxation(self) -> None:
         # They raise on a number outside its range, before a model is loaded; values in between lie between the ends.
         for step in (0, _AFTER_THE_RUN):
-            self.make_relaxation(step, step)
+            self.check_engine_samples(self.make_relaxation(step, step))
             self.adjoint_settings(step, step)
         schedules = self.schedules()
         if "max_entropy_nats" in schedules:  # the bound has to stay below log K where both change

@@ -24,6 +24,7 @@ from softrl._store import CARD
 from softrl.assets import resolve_model, write_folder_atomically
 from softrl.data.reviews import unit_hash
 from softrl.rewards.calibration import Calibration, ReliabilityBin, fitted_temperature, measure, reliability
+from softrl.rewards.reward_model import APPEND_EOS
 from softrl.trainers.loading import check_output_dir, supported_dtype
 from softrl.trainers.reward_model_config import RewardModelConfig
 
@@ -86,6 +87,7 @@ def fit_classifier(
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     model = _merged(trainer)
+    setattr(model.config, APPEND_EOS, isinstance(train[0]["chosen"], str))
 
     def margins(rows: Dataset, title: str) -> Float[Tensor, "n"]:
         return scores(model, tokenizer, rows["text"], args, title)
@@ -121,6 +123,7 @@ def fit_preferences(
     )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     model = _merged(trainer)
+    setattr(model.config, APPEND_EOS, isinstance(train[0]["chosen"], str))
 
     def margins(rows: Dataset, title: str) -> Float[Tensor, "n"]:
         chosen, rejected = (
@@ -244,7 +247,7 @@ def _merged(trainer: Any) -> Any:
 def _whole(row: dict[str, Any], column: str, tokenizer: Any) -> str:
     """Prompt and answer as the text that `RewardTrainer` reads."""
     if isinstance(row[column], str):
-        return row.get("prompt", "") + row[column]
+        return row.get("prompt", "") + row[column].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
     return tokenizer.apply_chat_template([*(row.get("prompt") or []), *row[column]], tokenize=False)
 
 

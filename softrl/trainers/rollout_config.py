@@ -11,13 +11,13 @@ from transformers.trainer_utils import IntervalStrategy
 from softrl.models.policy import Policy
 from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
 from softrl.tokens.truncation import Truncation
-from softrl.trainers._bridge import BaseConfig
 from softrl.trainers.engines import load_whole_models
 from softrl.trainers.precision import bf16_by_default
+from softrl.trainers.vllm_config import VLLMConfig
 
 
 @dataclass
-class RolloutConfig(BaseConfig):
+class RolloutConfig(VLLMConfig):
     r"""
     Configuration class for the [`RolloutTrainer`]; the configurations of the other trainers extend it.
 
@@ -49,6 +49,8 @@ class RolloutConfig(BaseConfig):
             Sampling temperature; part of the policy's definition, at sampling and at scoring.
         top_p, min_p (`float`, *optional*, default to `1.0` and `0.0`):
             Nucleus rules of the sampler; off by default.
+        use_vllm, vllm_mode, ...:
+            Hard samples through vLLM, untried on hardware; see [`VLLMConfig`].
 
         > Parameters that control the objective
 
@@ -66,6 +68,15 @@ class RolloutConfig(BaseConfig):
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Completions that did not end within `max_completion_length` contribute nothing to the loss. It stays a
             mean over all completions, as in TRL's RLOOTrainer: masking some does not make the others count more.
+
+        > Parameters that control what is not learned from
+
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            A step whose gradient norm is not finite, or whose reward jumped, is not taken. So many in a row end the
+            run with an error, after a checkpoint if there is a `save_strategy`.
+        max_reward_jump (`float`, *optional*):
+            Do not take a step in which a micro-batch's mean reward is further from the running mean of those before,
+            in standard deviations of such means. Off by default.
 
         > Parameters that control evaluation and logging
 
@@ -87,7 +98,7 @@ class RolloutConfig(BaseConfig):
 
     _SCHEDULED: ClassVar[dict[str, bool]] = {"beta": False}  # name, and whether it is a whole number
     _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ()
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*VLLMConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults of TrainingArguments and TRL that rewards and rollouts want otherwise
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -126,6 +137,13 @@ class RolloutConfig(BaseConfig):
         default=False, metadata={"help": "Leave completions that did not end out of the loss."}
     )
 
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Stop after so many steps in a row that were not taken."}
+    )
+    max_reward_jump: float | None = field(
+        default=None, metadata={"help": "Do not take a step whose mean reward jumps by more standard deviations."}
+    )
+
     eval_metrics: list[str] | None = field(
         default=None, metadata={"help": "Metrics of texts: sacrebleu, rouge, self_bleu, frechet, or of `evaluate`."}
     )
@@ -147,6 +165,13 @@ class RolloutConfig(BaseConfig):
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
         load_whole_models()
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
+        if self.max_reward_jump is not None and not self.max_reward_jump > 0.0:
+            raise ValueError(
+                f"max_reward_jump counts standard deviations and must be positive, got {self.max_reward_jump}; None "
+                "turns it off"
+            )
         if self.num_generations < 1:
             raise ValueError(f"num_generations must be at least 1, got {self.num_generations}")
         if self.per_device_train_batch_size % self.num_generations:

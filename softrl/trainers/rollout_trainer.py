@@ -3,6 +3,7 @@
 Left out: the loss, streamed data sets, several evaluation samples a prompt.
 """
 
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -24,10 +25,12 @@ from softrl.objectives.token_terms import DirectTerms
 from softrl.rewards.base import Reward, WeightedRewards
 from softrl.rewards.metrics import load_metric
 from softrl.rewards.resolve import resolve_rewards
+from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
-from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, prompt_batch
+from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, indexed_for_evaluation, prompt_batch
 from softrl.trainers.callbacks import GamingCallback
+from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.completions import CompletionLog
 from softrl.trainers.engines import (
     check_engine,
@@ -38,6 +41,7 @@ from softrl.trainers.engines import (
     shards_parameters,
 )
 from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, repetition, summary
+from softrl.trainers.generation_engine import make_engine
 from softrl.trainers.loading import (
     eos_token_ids,
     load_model,
@@ -50,11 +54,12 @@ from softrl.trainers.metrics import MetricLog, named_metrics
 from softrl.trainers.model_card import CITATION, CardFacts, finish_card
 from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.sampling import GroupSampler
+from softrl.trainers.step_guard import StepGuardMixin
 
 _KL_CONTROL = "adaptive_kl"  # its key in the trainer's state
 
 
-class RolloutTrainer(BaseTrainer):
+class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
     """
     Base class of the trainers that sample completions and score them: everything but the loss.
 
@@ -118,7 +123,7 @@ class RolloutTrainer(BaseTrainer):
             processing_class = load_tokenizer(model, args)
         if train_dataset is not None:
             train_dataset = indexed(train_dataset, "train_dataset", processing_class)
-        eval_dataset = _indexed_for_evaluation(eval_dataset, processing_class)
+        eval_dataset = indexed_for_evaluation(eval_dataset, processing_class)
 
         policy_name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # adapters are initialised at random
@@ -147,6 +152,7 @@ class RolloutTrainer(BaseTrainer):
         self._step_kl: list[float] = []  # nats a token, of the step's micro-batches
         self.last_evaluation: list[Sample] = []
         self._engine_is_ready = False
+        self._reward_jumped = False
         super().__init__(
             model=model,
             args=args,
@@ -163,6 +169,8 @@ class RolloutTrainer(BaseTrainer):
         if shards_parameters(self.accelerator):
             self.policy.largest = partial(largest_over_processes, self.accelerator)
         self.eos_ids = eos_token_ids(model, processing_class)
+        self.generation_engine = make_engine(args, self.model, self.accelerator, processing_class)
+        self.sample_hard = hard_rollout if self.generation_engine is None else self.generation_engine.hard_rollout
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._completions = CompletionLog(step_size)
         for module in (*self.rewards.rewards, *([self.reference.model] if self.reference else [])):
@@ -211,7 +219,7 @@ class RolloutTrainer(BaseTrainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if not isinstance(eval_dataset, str):
-            eval_dataset = _indexed_for_evaluation(eval_dataset, self.processing_class)
+            eval_dataset = indexed_for_evaluation(eval_dataset, self.processing_class)
         return super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -242,6 +250,9 @@ class RolloutTrainer(BaseTrainer):
             make_ready(self.accelerator, model)
             self._engine_is_ready = True
         with self._metrics.timed_step():
+            if self.generation_engine is not None:
+                with self._metrics.timed("push"):
+                    self.generation_engine.push(self.rollout_step)
             with parts_callable(self.accelerator, model):
                 loss = super().training_step(model, *args, **kwargs)
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
@@ -268,16 +279,21 @@ class RolloutTrainer(BaseTrainer):
 
     def _adapt_kl_weight(self) -> None:
         measured, self._step_kl = self._step_kl, []
-        if self.kl_control is not None and measured:
-            self.kl_control.update(sum(measured) / len(measured))
+        mean = sum(measured) / len(measured) if measured else math.nan
+        if self.kl_control is not None and math.isfinite(mean):
+            self.kl_control.update(mean)
             # What lies here is saved with every checkpoint, and restored from it.
             self.state.stateful_callbacks[_KL_CONTROL] = self.kl_control.state_dict()
 
     def loss_weights(self, completions: Completions) -> Float[Tensor, "N"]:
-        """What multiplies each sequence's loss: 0 where `mask_truncated_completions` leaves it out, else 1."""
+        """What multiplies each sequence's loss: 0 where `mask_truncated_completions` leaves it out, else 1.
+
+        NaN where the reward jumped, so that the step is not taken; see `step_guard`. Call it after `record`.
+        """
+        weights = torch.ones_like(completions.ended, dtype=torch.float32)
         if self.args.mask_truncated_completions:
-            return completions.ended.float()
-        return torch.ones_like(completions.ended, dtype=torch.float32)
+            weights = completions.ended.float()
+        return weights * torch.nan if self._reward_jumped else weights
 
     def hard_scores(self, batch: PromptBatch, completions: Completions) -> dict[str, Float[Tensor, "N"]]:
         """See `softrl.trainers.evaluation.hard_scores`."""
@@ -304,6 +320,7 @@ class RolloutTrainer(BaseTrainer):
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
         if "kl" in gathered:
             self._step_kl.append(gathered["kl"].mean().item())
+        self._reward_jumped = self.reward_jumps(gathered["reward/hard"].mean().item())
         self._metrics.add(named_metrics(gathered, self.args.num_generations))
         if self.args.log_completions:
             shown = [name for name in gathered if name == "judge" or name.startswith("rewards/")]
@@ -339,6 +356,8 @@ class RolloutTrainer(BaseTrainer):
         """One hard sample a prompt, with the same random streams in every evaluation; metrics of the decoded text."""
         args = self.args
         samples: list[Sample] = []
+        if self.generation_engine is not None:
+            self.generation_engine.push(None)  # the weights of another step may have been loaded
         for rows in dataloader:
             with parts_callable(self.accelerator, self.model_wrapped):
                 measured = self.evaluate_rows(rows)
@@ -359,7 +378,7 @@ class RolloutTrainer(BaseTrainer):
         args = self.args
         evaluator = Evaluator(
             self.policy, self.reference, self.rewards, self.processing_class, self.eos_ids,
-            args.max_completion_length, self.truncation, self.judge, args.seed,
+            args.max_completion_length, self.truncation, self.judge, args.seed, self.sample_hard,
         )  # fmt: skip
         with self.accelerator.autocast():
             return evaluator.samples(self.prompt_batch(rows, 1))
@@ -395,12 +414,3 @@ class RolloutTrainer(BaseTrainer):
 
 def _identity(rows: list[Any]) -> list[Any]:
     return rows
-
-
-def _indexed_for_evaluation(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """An evaluation set, or several by name, with row indices."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: indexed(each, f"eval_dataset[{name!r}]", tokenizer) for name, each in dataset.items()}
-    return indexed(dataset, "eval_dataset", tokenizer)

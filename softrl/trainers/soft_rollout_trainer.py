@@ -15,6 +15,7 @@ from softrl.estimators.system import ForwardPass
 from softrl.masking import survival_mean
 from softrl.models.policy import evaluation_mode
 from softrl.rewards.base import checked_soft
+from softrl.rollouts.given import rollout_of
 from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
@@ -81,10 +82,7 @@ class SoftRolloutTrainer(RolloutTrainer):
         scheduled = self.follow_schedules()
         # An autocast block of its own: weights that it casts without a graph must not be found in phase 3's cache.
         with self._metrics.timed("rollout"), self.accelerator.autocast():
-            rollout = soft_rollout(
-                self.policy, batch.prompts, self.relaxation, self.random_for(batch), args.max_completion_length,
-                args.num_generations, self.eos_ids, args.soft_stopping,
-            )  # fmt: skip
+            rollout = self.rollout(batch)
         with self.accelerator.autocast():
             # Until the backward pass is over: checkpointed layers are recomputed in it, and must not draw dropout.
             evaluation_mode(unwrapped, checkpointed=args.gradient_checkpointing)
@@ -93,13 +91,29 @@ class SoftRolloutTrainer(RolloutTrainer):
             else:
                 estimate = self._estimate(rollout, batch.columns)
         completions = hard_completions(rollout, self.eos_ids, args.max_completion_length)
+        self._record_step(batch, completions, estimate, scheduled)
         weights = self.loss_weights(completions)
         if shares_a_pass:
-            loss = -(output.value * weights).mean()
+            loss, replay_error = -(output.value * weights).mean(), output.replay_error
         else:
-            loss, output = self._surrogate_loss(model, estimate, weights)
-        self._record_step(batch, completions, estimate, output, scheduled)
+            loss, replay_error = self._surrogate_loss(model, estimate, weights)
+        self._metrics.add({"rollout/replay_error": self.accelerator.gather(replay_error[None]).mean().item()})
         return loss
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Phase 1, by our own loop or of an engine's tokens."""
+        args, random, relaxation = self.args, self.random_for(batch), self.relaxation
+        if self.generation_engine is None:
+            return soft_rollout(
+                self.policy, batch.prompts, relaxation, random, args.max_completion_length, args.num_generations,
+                self.eos_ids, args.soft_stopping,
+            )  # fmt: skip
+        top_k = 0 if relaxation.samples_policy else relaxation.truncation.top_k
+        sampled = self.generation_engine.hard_rollout(
+            self.policy, batch.prompts, relaxation.truncation, random, args.max_completion_length,
+            args.num_generations, self.eos_ids, top_k,
+        )  # fmt: skip
+        return rollout_of(self.policy, sampled, relaxation, random, self.eos_ids if args.soft_stopping else ())
 
     def follow_schedules(self) -> dict[str, float]:
         changing = super().follow_schedules()
@@ -135,24 +149,26 @@ class SoftRolloutTrainer(RolloutTrainer):
 
     def _surrogate_loss(
         self, model: nn.Module, estimate: Estimate, weights: Float[Tensor, "N"]
-    ) -> tuple[Tensor, SurrogateOutput]:
-        """Minus the surrogate's weighted mean; all but the last of `surrogate_chunks` are differentiated in here."""
+    ) -> tuple[Tensor, Tensor]:
+        """Minus the surrogate's weighted mean, and the replay's largest error.
+
+        All but the last of `surrogate_chunks` parts have been differentiated then.
+        """
         unwrapped, chunks = self.accelerator.unwrap_model(model), self.args.surrogate_chunks
-        outputs: list[SurrogateOutput] = []
+        errors: list[Tensor] = []
 
         def loss_of(part: Estimate, of_part: Float[Tensor, "M"]) -> Tensor:
             with self.accelerator.autocast():
                 output = self._redirect(model, unwrapped, self._surrogate, part)
-            outputs.append(replace(output, value=output.value.detach()))
+            errors.append(output.replay_error)
             return -(output.value * of_part).mean() / chunks
 
         if chunks == 1:
-            return loss_of(estimate, weights), outputs[0]
+            return loss_of(estimate, weights), errors[0]
         parts = zip(estimate.split(chunks), weights.chunk(chunks), strict=True)
         losses = [partial(loss_of, *part) for part in parts]
         loss = backward_but_last(self.accelerator, model, losses, self.current_gradient_accumulation_steps)
-        errors = torch.stack([output.replay_error for output in outputs])
-        return loss, SurrogateOutput(torch.cat([output.value for output in outputs]), errors.max())
+        return loss, torch.stack(errors).max()
 
     def _surrogate(self, estimate: Estimate, forward: ForwardPass | None = None) -> SurrogateOutput:
         return surrogate(self.policy, self.relaxation, estimate, self.terms, self.adjoint_settings, forward)
@@ -163,7 +179,6 @@ class SoftRolloutTrainer(RolloutTrainer):
         batch: PromptBatch,
         completions: Completions,
         estimate: Estimate,
-        output: SurrogateOutput,
         scheduled: dict[str, float],
     ) -> None:
         rollout, cotangents = estimate.rollout, estimate.cotangents
@@ -179,7 +194,6 @@ class SoftRolloutTrainer(RolloutTrainer):
             "adjoint/norm": norms.mean(-1),
             "adjoint/residual": torch.full_like(hard, cotangents.residual),
             "adjoint/sweeps": torch.full_like(hard, float(cotangents.sweeps)),
-            "rollout/replay_error": torch.full_like(hard, output.replay_error.item()),
         }
         for position in shown_positions(self.args.max_completion_length):
             here = norms[:, position] if position < norms.shape[1] else torch.zeros_like(hard)

@@ -18,7 +18,7 @@ from softrl.models.heads import ValueHead
 from softrl.models.policy import Policy
 
 FILE_NAME = "value_head.safetensors"
-_NAME = "value_head"  # of the submodule, and of its parameter group
+NAME = "value_head"  # of the submodule, and of its parameter group
 
 
 def attached_value_head(policy: Policy) -> ValueHead:
@@ -28,17 +28,17 @@ def attached_value_head(policy: Policy) -> ValueHead:
         ValueError: the model has something else under that name.
     """
     model: Any = policy.model
-    if not isinstance(getattr(model, _NAME, None), ValueHead):
-        if hasattr(model, _NAME):
+    if not isinstance(getattr(model, NAME, None), ValueHead):
+        if hasattr(model, NAME):
             raise ValueError(
-                f"{type(model).__name__} has a {_NAME!r} of its own ({type(getattr(model, _NAME)).__name__}), where "
+                f"{type(model).__name__} has a {NAME!r} of its own ({type(getattr(model, NAME)).__name__}), where "
                 "the trainer's value head would go; load the model as a plain causal LM"
             )
         head = ValueHead(policy.causal_lm.config.get_text_config().hidden_size)
-        setattr(model, _NAME, head.to(policy.causal_lm.get_input_embeddings().weight.device))
-    head = getattr(model, _NAME)
+        setattr(model, NAME, head.to(policy.causal_lm.get_input_embeddings().weight.device))
+    head = getattr(model, NAME)
     if isinstance(model, PreTrainedModel):  # PEFT saves adapters alone
-        names = {f"{_NAME}.{name}" for name in head.state_dict()}
+        names = {f"{NAME}.{name}" for name in head.state_dict()}
         model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
     return head
 
@@ -57,14 +57,14 @@ class ValueHeadMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.value_head is None or any(group.get("name") == _NAME for group in optimizer.param_groups):
+        if self.value_head is None or any(group.get("name") == NAME for group in optimizer.param_groups):
             return optimizer
         wrapped = self.model if model is None else model
-        own = {id(p): p for name, p in wrapped.named_parameters() if f".{_NAME}." in f".{name}"}
+        own = {id(p): p for name, p in wrapped.named_parameters() if f".{NAME}." in f".{name}"}
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         optimizer.add_param_group(
-            {"params": list(own.values()), "lr": self.args.value_learning_rate, "weight_decay": 0.0, "name": _NAME}
+            {"params": list(own.values()), "lr": self.args.value_learning_rate, "weight_decay": 0.0, "name": NAME}
         )
         return optimizer
 
@@ -79,9 +79,9 @@ class ValueHeadMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         gathered = {
-            name.rpartition(f"{_NAME}.")[2]: value
+            name.rpartition(f"{NAME}.")[2]: value
             for name, value in (state_dict or {}).items()
-            if f".{_NAME}." in f".{name}"
+            if f".{NAME}." in f".{name}"
         }  # before the host takes them out
         super()._save(output_dir, state_dict)
         if self.value_head is None or not self.args.should_save:

@@ -1,5 +1,6 @@
 """Parsing recipes and command lines: names, overrides, and errors that say what to do."""
 
+import json
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -78,9 +79,12 @@ def test_resuming_needs_a_checkpoint(tmp_path):
         _, training, _ = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", wanted])
         with pytest.raises(ValueError, match=message):
             checkpoint_to_resume(training)
-    (tmp_path / "checkpoint-7").mkdir()
+    for step in (7, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        manifest = {"run": {}, "files": {"model": {"bytes": 7 - step, "sha256": ""}} if step > 7 else {}}
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps(manifest))
     _, training, _ = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
-    assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-7")
+    assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-7")  # the other one is damaged
 
 
 def test_prompts_from_a_text_file(tmp_path):

@@ -1,14 +1,14 @@
 """Tiny trainers on two gloo ranks, engine by engine: `python ranks.py OUTPUT_DIR CASES_JSON`.
 
 Imports once and forks the ranks of every case, so that a case takes seconds. Each rank writes what it saw to
-`OUTPUT_DIR/<name>-<rank>.pt`, or its traceback to `<name>-<rank>.txt`. A case may resume the checkpoint of step 2 of
-a case before it.
+`OUTPUT_DIR/<name>-<rank>.pt`, or its traceback to `<name>-<rank>.txt`.
 """
 
 import copy
 import json
 import os
 import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -17,7 +17,11 @@ import torch
 
 CASE = {
     "engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False,
-    "reward": "pair", "rows": 8, "bf16": False, "resume": None,
+    "reward": "pair", "rows": 8, "bf16": False,
+    "folder": None,  # of the run, instead of one of its own
+    "resume": None,  # a checkpoint, or True
+    "poisoned": 0,  # a step whose gradient is not a number
+    "export": False,  # save the model to `<name>-model`
 }  # fmt: skip
 _ZERO = {
     "ACCELERATE_USE_DEEPSPEED": "true",
@@ -50,11 +54,12 @@ def on_rank(case, rank, port, folder):
         "LOCAL_WORLD_SIZE": str(case["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "ACCELERATE_MIXED_PRECISION": "bf16" if case["bf16"] else "no", **ENGINES[case["engine"]],
     }  # fmt: skip
-    if case["world"] == 1:
+    if case["engine"] == "single":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
     torch.set_num_threads(1)
     from engines import cpu_shim
+    from trainers.tiny import logs_of
 
     cpu_shim.install()
     trainer = trainer_of(case, folder)
@@ -66,7 +71,11 @@ def on_rank(case, rank, port, folder):
     draws = kept_draws(trainer)
     if case["naive"]:
         two_backwards(trainer)
-    trainer.train(resume_from_checkpoint=case["resume"] and str(folder / f"{case['resume']}-run" / "checkpoint-2"))
+    if case["poisoned"]:
+        trainer.add_callback(poisoned(trainer, case["poisoned"]))
+    trainer.train(resume_from_checkpoint=case["resume"])
+    if case["export"]:
+        trainer.save_model(str(folder / f"{case['name']}-model"))
     accelerator = trainer.accelerator
     if case["bf16"] and case["engine"].startswith("zero"):
         state = float32_masters(trainer.model)
@@ -78,6 +87,8 @@ def on_rank(case, rank, port, folder):
             "start": start,
             "parameters": {} if state is None else {name: value.cpu() for name, value in state.items()},
             "logs": [row for row in trainer.state.log_history if "loss" in row],
+            "losses": logs_of(trainer, "loss"),
+            "rewards": logs_of(trainer, "reward"),
             "draws": draws,
             "untrained": untrained,
             "discriminator": {} if discriminator is None else discriminator.head.state_dict(),
@@ -112,7 +123,7 @@ def trainer_of(case, folder):
     rows = dataset(case["rows"])
     references = [f"w9 w{4 + index % 7}" for index in range(len(rows))]
     return make(
-        folder / f"{case['name']}-run", word_tokenizer(), model=llama().float(), peft_config=lora,
+        folder / (case["folder"] or f"{case['name']}-run"), word_tokenizer(), model=llama().float(), peft_config=lora,
         method=case["method"], reward=rewards[case["reward"]](), train=rows.add_column("reference", references),
         **settings,
     )  # fmt: skip
@@ -142,6 +153,20 @@ def kept_draws(trainer):
 
     trainer.record = recording
     return draws
+
+
+def poisoned(trainer, step):
+    """Make the gradient of a step not a number, on the last rank alone."""
+    from transformers import TrainerCallback
+
+    whole = trainer.compute_loss
+
+    class Poisoned(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            here = state.global_step + 1 == step and args.process_index == args.world_size - 1
+            trainer.compute_loss = (lambda *inputs, **more: whole(*inputs, **more) * torch.nan) if here else whole
+
+    return Poisoned()
 
 
 def two_backwards(trainer):
@@ -175,6 +200,24 @@ def run(case, folder):
             os._exit(code)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def outcomes(folder, cases):
+    """Run cases in a process of its own; returns what a rank of one wrote, by name and rank."""
+    tests = Path(__file__).parent.parent
+    # This checkout's softrl, whichever one is installed.
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(
+        [sys.executable, str(tests / "engines" / "ranks.py"), str(folder), json.dumps(cases)],
+        env=environment, check=True, capture_output=True, timeout=1800,
+    )  # fmt: skip
+
+    def found(name, rank=0):
+        failure = folder / f"{name}-{rank}.txt"
+        assert not failure.exists(), failure.read_text()
+        return torch.load(folder / f"{name}-{rank}.pt")
+
+    return found
 
 
 def main():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from softrl.rewards.sequences import attention_bias, last_token_weights, packed, pooling_weights
+from softrl.rewards.sequences import attention_bias, last_token_weights, packed, pooling_weights, with_end
 from softrl.types import SoftTokens
 
 T, K = 3, 4
@@ -79,3 +79,25 @@ def test_attention_bias_is_log_survival_on_what_may_be_read(causal):
     if causal:
         expected[torch.ones(4, 4, dtype=torch.bool).triu(1)] = low
     assert torch.equal(attention_bias(log_survival, causal, torch.float32)[0, 0], expected)
+
+
+def test_an_end_goes_behind_what_was_cut_off():
+    ids = torch.tensor([[5, 6, 7], [5, 9, 7], [5, 7, 7], [7, 7, 7], [5, 6, 8]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    tokens = SoftTokens(ids[..., None], torch.ones(5, 3, 1), mask)
+    ended = with_end(tokens, 9, (8,))
+    assert ended.mask.sum(-1).tolist() == [4, 2, 2, 1, 3]  # cut off, ended, cut off, empty, ended by another token
+    written = [row[present].tolist() for row, present in zip(ended.ids[..., 0], ended.mask, strict=True)]
+    assert written == [[5, 6, 7, 9], [5, 9], [5, 9], [9], [5, 6, 8]]
+    assert (
+        with_end(SoftTokens(ids[:, :0, None], torch.ones(5, 0, 1), mask[:, :0]), 9).ids.flatten().tolist() == [9] * 5
+    )
+
+
+def test_under_soft_stopping_the_end_counts_by_what_survives():
+    weights = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]], dtype=torch.float64, requires_grad=True)
+    tokens = SoftTokens(torch.tensor([[[3, 9], [4, 9]]]), weights, torch.ones(1, 2, dtype=torch.bool), (9,))
+    ended = with_end(tokens, 9)
+    torch.testing.assert_close(ended.survival[0], torch.tensor([1.0, 0.75, 0.375], dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(ended.survival[0, 2], weights)
+    torch.testing.assert_close(gradient[0, :, 1], torch.tensor([-0.5, -0.75], dtype=torch.float64))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import gpt2, prompts, random_for, relaxation_of
+from helpers import V, gpt2, prompts, random_for, relaxation_of
 
 from softrl.models.policy import Policy
 from softrl.rollouts.given import rollout_of
+from softrl.rollouts.hard import hard_rollout
 from softrl.rollouts.soft import soft_rollout
+from softrl.tokens.truncation import nucleus, sampler_log_probs
 
 
 @pytest.mark.parametrize("name", ["straight_through", "reinmax"])
@@ -30,6 +32,27 @@ def test_posterior_noise_leaves_the_tokens_alone(name):
     noise = again.support.noise if name == "st_gumbel" else again.support.draws
     other = rollout.support.noise if name == "st_gumbel" else rollout.support.draws
     assert not torch.allclose(noise, other)
+
+
+def test_posterior_noise_is_that_of_the_sampler_at_its_temperature_and_nucleus():
+    """Over tokens of any sampler of π, y − log π is standard Gumbel in every id of the nucleus."""
+    policy, draws, batch = Policy(gpt2(), temperature=0.7), 5_000, prompts(1)
+    relaxation = relaxation_of("st_gumbel", top_k=V, min_p=0.05)
+    sampled = hard_rollout(policy, batch, relaxation.truncation, random_for(draws), 1, num_samples=draws)
+    logits = policy.head(policy.begin(batch, 1, 1)[0])
+    assert 3 < nucleus(logits, relaxation.truncation).sum() < V
+
+    def largest_z(policy):
+        support = rollout_of(policy, sampled, relaxation, random_for(draws, step=9)).support.at(slice(None), 0)
+        log_probs = sampler_log_probs(logits, relaxation.truncation).expand(draws, -1)
+        noise = support.noise + policy.head(policy.begin(batch, 1, 1)[0]).expand(draws, -1).gather(-1, support.ids)
+        noise = (noise - log_probs.gather(-1, support.ids)).masked_fill(~support.kept, 0.0)
+        mean = torch.zeros(V, dtype=noise.dtype).scatter_add(0, support.ids.flatten(), noise.flatten()) / draws
+        inside = nucleus(logits, relaxation.truncation)[0]
+        return ((mean[inside] - 0.57721566) * (6 * draws) ** 0.5 / torch.pi).abs().max()  # of fewer than 23
+
+    assert largest_z(policy) < 4.5
+    assert largest_z(policy.at_temperature(1.0)) > 4.5
 
 
 def test_mixtures_are_refused():

@@ -115,6 +115,21 @@ def test_given_tokens_become_the_hard_choice(name):
         assert (p.argmax(-1) == support.choice).all()
 
 
+@pytest.mark.parametrize("name", ALL_RELAXATIONS)
+def test_given_tokens_from_beyond_the_nucleus_are_kept(name):
+    """A generation engine rounds otherwise, and may draw from just outside what our numbers keep."""
+    relaxation = make_relaxation(name, Truncation(V, top_p=0.5))
+    logits, tokens = logits_of(V), torch.arange(V)
+    assert not nucleus(logits, relaxation.truncation).all()
+    support = relaxation.draw(logits, streams(V), tokens)
+    kept = support.kept.gather(-1, support.choice[:, None]).squeeze(-1)
+    p = relaxation.weights(logits.gather(-1, support.ids), support)
+    assert (support.tokens() == tokens).all()
+    assert kept.all()
+    assert torch.isfinite(p).all()
+    assert (p > 0).sum(-1).max() < V  # the rest of what is outside stays outside
+
+
 def test_posterior_refuses_impossible_tokens_and_large_vocabularies_stay_finite():
     with pytest.raises(ValueError, match="probability zero under log_probs"):
         gumbel_posterior(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1]), streams(1))

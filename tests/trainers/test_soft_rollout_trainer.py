@@ -229,30 +229,6 @@ def test_a_prompt_longer_than_the_context_says_what_to_do(tmp_path, tokenizer):
     make(tmp_path, tokenizer, train=long, max_prompt_length=8, max_steps=1).train()
 
 
-def test_ctrl_c_saves_a_checkpoint(tmp_path, tokenizer):
-    import os
-    import signal
-
-    from transformers import TrainerCallback
-
-    from softrl.trainers.callbacks import InterruptCallback
-
-    class Press(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    trainer, interrupt = make(tmp_path, tokenizer, max_steps=9), InterruptCallback()
-    trainer.add_callback(interrupt)
-    trainer.add_callback(Press())
-    before = signal.getsignal(signal.SIGINT)
-    trainer.train()
-    assert interrupt.interrupted
-    assert trainer.state.global_step == 2
-    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_a_policy_learns_the_reward(tmp_path, tokenizer):
     """Not only a gradient: forty steps raise the hard reward by several times its standard error."""
     weight = torch.zeros(V, dtype=torch.float64)
