@@ -6,7 +6,7 @@ and scored; their derivative is taken to be the same (dq := dp).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,15 @@ class SoftTokens:
     def with_weights(self, weights: Float[Tensor, "N T K"]) -> "SoftTokens":
         """The same tokens with other weights, for instance a leaf that gradients are taken for."""
         return replace(self, weights=weights)
+
+
+def rows_of(record: Any, rows: slice) -> Any:
+    """The same record of some of its sequences: every tensor in it has the sequences as its first axis."""
+    if isinstance(record, Tensor):
+        return record[rows]
+    if is_dataclass(record) and not isinstance(record, type):
+        return replace(record, **{field.name: rows_of(getattr(record, field.name), rows) for field in fields(record)})
+    return record
 
 
 @dataclass(frozen=True)

@@ -180,10 +180,14 @@ def _token_linear(link: str, pooling: str) -> TokenLinearReward:
     return TokenLinearReward(weight, 0.3, link=link, pooling=pooling)
 
 
-def _sequence_classifier(pooling: str, append_eos: bool = False) -> SequenceClassifierReward:
+def classifier() -> nn.Module:
+    """A reward model in the policy's vocabulary."""
     config = GPT2Config(vocab_size=V, n_positions=64, n_embd=8, n_layer=1, n_head=2, num_labels=1, pad_token_id=2)
-    model = _redraw(GPT2ForSequenceClassification(config), 7, 0.4)
-    tokenizer = None
+    return _redraw(GPT2ForSequenceClassification(config), 7, 0.4)
+
+
+def _sequence_classifier(pooling: str, append_eos: bool = False) -> SequenceClassifierReward:
+    model, tokenizer = classifier(), None
     if append_eos:
         from trainers.tiny import word_tokenizer
 

@@ -20,7 +20,7 @@ from softrl.models.policy import Policy, chunk_length, evaluating, recomputed
 from softrl.objectives.token_terms import DirectTerms, token_outputs, token_values
 from softrl.rewards.base import Reward, checked_soft
 from softrl.tokens.relaxation import Relaxation
-from softrl.types import Rollout
+from softrl.types import Rollout, rows_of
 
 
 def unbiased_for(relaxation: Relaxation, settings: AdjointSettings) -> UnbiasedFor:
@@ -86,6 +86,11 @@ class Estimate:
     embeds: Float[Tensor, "N T D"]
     reference_hidden: Float[Tensor, "N T E"] | None
     kl: Float[Tensor, "N T"] | None
+
+    def split(self, count: int) -> list["Estimate"]:
+        """The same for `count` equal parts of the sequences, one after the other."""
+        size = len(self.embeds) // count
+        return [rows_of(self, slice(start, start + size)) for start in range(0, len(self.embeds), size)]
 
 
 def pathwise_estimate(

@@ -202,10 +202,13 @@ class Policy:
     def kept_logits(self, hidden: Float[Tensor, "M D"], ids: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         """Logits of the kept ids only, at the sampling temperature; M is the caller's chunk.
 
-        A plain, unsharded linear head is read at K rows instead of multiplied by all V.
+        A plain, unsharded linear head is read at K rows instead of multiplied by all V. Which of the two must not
+        change between a forward pass and its recomputation, so ZeRO-3's mark on a parameter decides, and not whether
+        its values happen to be there.
         """
         head = self.causal_lm.get_output_embeddings()
-        if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.weight.numel() == 0:
+        is_whole = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head.weight, "ds_id")
+        if not is_whole:
             return self.head(hidden).gather(-1, ids)
         logits = torch.einsum("md,mkd->mk", hidden, head.weight[ids])
         if head.bias is not None:

@@ -6,8 +6,8 @@ Left out: tensor and pipeline parallelism.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -100,6 +100,34 @@ def largest_over_processes(accelerator: Accelerator, value: float) -> float:
     """The maximum of the processes' numbers."""
     here = torch.tensor([value], dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32)
     return accelerator.gather(here.to(accelerator.device)).max().item()
+
+
+def backward_but_last(
+    accelerator: Accelerator, model: nn.Module, losses: Sequence[Callable[[], Tensor]], divisor: float
+) -> Tensor:
+    """The sum of several losses, of which all but the last have been differentiated already.
+
+    Their gradients are only collected, on every engine, as those of accumulated micro-batches are: they are averaged
+    over processes, and the optimizer steps, with the backward pass that the caller still runs. Every process needs
+    equally many losses.
+
+    Args:
+        accelerator, model: the trainer's; the model is the wrapped one.
+        losses: functions that run a forward pass through the model.
+        divisor: what the caller divides the sum by before its backward pass.
+    """
+    state, is_deepspeed = accelerator.gradient_state, accelerator.distributed_type is DistributedType.DEEPSPEED
+    is_last_micro_batch, total = state.sync_gradients, 0.0
+    state._set_sync_gradients(False)  # under DeepSpeed a backward pass with it on is a step
+    try:
+        for loss in losses[:-1]:
+            with nullcontext() if is_deepspeed else accelerator.no_sync(model):
+                value = loss()
+                accelerator.backward(value / divisor, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+            total = total + value.detach()
+    finally:
+        state._set_sync_gradients(is_last_micro_batch)
+    return losses[-1]() + total
 
 
 @torch.no_grad()

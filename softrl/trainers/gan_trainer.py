@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softrl.rewards.base import Reward, one_hot_tokens
 from softrl.rewards.discriminator import Discriminator
@@ -36,8 +36,10 @@ class AdversarialMixin:
     (in training, and on the rollout before it is trained on) and slope are logged as `discriminator/...`; a checkpoint
     has its weights, optimiser and buffer.
 
-    Overrides `__init__`, `make_rewards`, `training_step` (the first updates), `finish_step` (the others),
-    `save_own_state` and `_load_from_checkpoint`.
+    Every process has a buffer of its own share of the prompts, and all have the same discriminator.
+
+    Overrides `__init__`, `make_rewards`, `compute_loss` (the first updates), `finish_step` (the others),
+    `save_own_state` and `_load_optimizer_and_scheduler`, which is called under every engine.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = DISCRIMINATOR, args: Any = None, *others: Any, **settings: Any):
@@ -66,10 +68,11 @@ class AdversarialMixin:
             [*items[:place], self.discriminator, *items[place + 1 :]], tokenizer, policy_name, args
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.adversary.num_updates == 0 and self.args.discriminator_warmup_steps:
-            self._warm_up()
-        return super().training_step(*args, **kwargs)
+            with self._metrics.timed(DISCRIMINATOR):
+                self._warm_up()
+        return super().compute_loss(*args, **kwargs)
 
     def finish_step(self) -> None:
         super().finish_step()
@@ -77,8 +80,13 @@ class AdversarialMixin:
         with self._metrics.timed(DISCRIMINATOR):
             unseen = self.adversary.add(pending)
             measured = self.adversary.train(self.args.discriminator_steps, self.accelerator)
-        measured["accuracy_unseen"] = unseen
+        measured = self._over_processes({**measured, "accuracy_unseen": unseen})
         self._metrics.add({f"{DISCRIMINATOR}/{name}": value for name, value in measured.items()})
+
+    def _over_processes(self, values: dict[str, float]) -> dict[str, float]:
+        """The means of all processes' numbers."""
+        own = torch.tensor([list(values.values())], device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.gather(own).mean(0).tolist(), strict=True))
 
     def keep(self, batch: PromptBatch, tokens: SoftTokens) -> None:
         """Remember generated completions for the discriminator's next updates."""
@@ -93,10 +101,14 @@ class AdversarialMixin:
         return [[*ids, tokenizer.eos_token_id][:longest] for ids in rows]
 
     def _warm_up(self) -> None:
-        """Train the discriminator on completions of the start; every process on its own share of the prompts."""
-        args, dataset = self.args, self.train_dataset
-        rank, size = self.accelerator.process_index, args.per_device_eval_batch_size
-        rows = range(rank, len(dataset), self.accelerator.num_processes)[: args.discriminator_warmup_samples]
+        """Train the discriminator on completions of the start; every process on its own share of the prompts.
+
+        Shares are of one size, if need be by a prompt that two processes have: all call a sharded model equally often.
+        """
+        args, dataset, size = self.args, self.train_dataset, self.args.per_device_eval_batch_size
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        count = min(-(-len(dataset) // world), args.discriminator_warmup_samples)
+        rows = [(rank + index * world) % len(dataset) for index in range(count)]
         for start in range(0, len(rows), size):
             batch = self.prompt_batch([dataset[row] for row in rows[start : start + size]], 1)
             random = SequenceRandom.keyed(args.seed, _WARMUP_STEP, batch.indices, 1, self.accelerator.device)
@@ -108,7 +120,7 @@ class AdversarialMixin:
             self.keep(batch, one_hot_tokens(sampled.tokens, sampled.mask))
         pending, self._pending = self._pending, []
         self.adversary.add(pending)
-        measured = self.adversary.train(args.discriminator_warmup_steps, self.accelerator)
+        measured = self._over_processes(self.adversary.train(args.discriminator_warmup_steps, self.accelerator))
         numbers = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in measured.items())
         self.accelerator.print(
             f"Discriminator after {args.discriminator_warmup_steps} updates on the start: {numbers}"
@@ -118,9 +130,10 @@ class AdversarialMixin:
         super().save_own_state(folder)
         self.adversary.save(folder, self.accelerator.process_index)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.adversary.load(resume_from_checkpoint, self.accelerator.process_index)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.adversary.load(checkpoint, self.accelerator.process_index)
 
 
 class TextGANTrainer(AdversarialMixin, SoftRolloutTrainer):

@@ -1,10 +1,12 @@
 """`SoftRolloutTrainer`: backpropagates a differentiable reward through soft rollouts. The maths is in `estimators`."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from softrl.estimators.adjoint import chosen_method
@@ -18,6 +20,7 @@ from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
 from softrl.trainers.batches import Completions, PromptBatch
+from softrl.trainers.engines import backward_but_last
 from softrl.trainers.rollout_trainer import RolloutTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.types import Rollout
@@ -30,7 +33,8 @@ class SoftRolloutTrainer(RolloutTrainer):
     Trainer that maximises a differentiable reward by backpropagating it through rollouts of soft tokens.
 
     A step has three phases: a rollout without gradients, cotangents by input-only products on the unwrapped model, and
-    one forward and backward of a surrogate through the wrapped one, whose gradient is the estimate. With respect to
+    one forward and backward (or `surrogate_chunks` of them) of a surrogate through the wrapped one, whose gradient is
+    the estimate. With respect to
     [`RolloutTrainer`], which lists the arguments, it adds `set_up` and `compute_loss`.
 
     Example:
@@ -82,14 +86,19 @@ class SoftRolloutTrainer(RolloutTrainer):
         with self.accelerator.autocast():
             # Until the backward pass is over: checkpointed layers are recomputed in it, and must not draw dropout.
             evaluation_mode(unwrapped, checkpointed=args.gradient_checkpointing)
-            if self._shares_a_pass(rollout):
+            if shares_a_pass := self._shares_a_pass(rollout):
                 estimate, output = self._redirect(model, unwrapped, self._in_one_pass, rollout, batch.columns)
             else:
                 estimate = self._estimate(rollout, batch.columns)
-                output = self._redirect(model, unwrapped, self._surrogate, estimate)
         completions = hard_completions(rollout, self.eos_ids, args.max_completion_length)
-        self._record_step(batch, completions, estimate, output, scheduled)
-        return -(output.value * self.loss_weights(completions)).mean()
+        self._record_step(batch, completions, estimate, scheduled)
+        weights = self.loss_weights(completions)
+        if shares_a_pass:
+            loss, replay_error = -(output.value * weights).mean(), output.replay_error
+        else:
+            loss, replay_error = self._surrogate_loss(model, estimate, weights)
+        self._metrics.add({"rollout/replay_error": self.accelerator.gather(replay_error[None]).mean().item()})
+        return loss
 
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Phase 1, by our own loop or of an engine's tokens."""
@@ -123,7 +132,8 @@ class SoftRolloutTrainer(RolloutTrainer):
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         num_steps, replayable = rollout.mask.shape[1], self.policy.is_replayable
         method = chosen_method(self.adjoint_settings, self.relaxation, num_steps, replayable)
-        return method == "parallel" and not sharded and not self.args.gradient_checkpointing
+        whole = self.args.surrogate_chunks == 1
+        return method == "parallel" and whole and not sharded and not self.args.gradient_checkpointing
 
     def _in_one_pass(self, rollout: Rollout, columns: dict[str, list]) -> tuple[Estimate, SurrogateOutput]:
         forward = ForwardPass.of(self.policy, rollout)
@@ -137,6 +147,29 @@ class SoftRolloutTrainer(RolloutTrainer):
                 forward,
             )  # fmt: skip
 
+    def _surrogate_loss(
+        self, model: nn.Module, estimate: Estimate, weights: Float[Tensor, "N"]
+    ) -> tuple[Tensor, Tensor]:
+        """Minus the surrogate's weighted mean, and the replay's largest error.
+
+        All but the last of `surrogate_chunks` parts have been differentiated then.
+        """
+        unwrapped, chunks = self.accelerator.unwrap_model(model), self.args.surrogate_chunks
+        errors: list[Tensor] = []
+
+        def loss_of(part: Estimate, of_part: Float[Tensor, "M"]) -> Tensor:
+            with self.accelerator.autocast():
+                output = self._redirect(model, unwrapped, self._surrogate, part)
+            errors.append(output.replay_error)
+            return -(output.value * of_part).mean() / chunks
+
+        if chunks == 1:
+            return loss_of(estimate, weights), errors[0]
+        parts = zip(estimate.split(chunks), weights.chunk(chunks), strict=True)
+        losses = [partial(loss_of, *part) for part in parts]
+        loss = backward_but_last(self.accelerator, model, losses, self.current_gradient_accumulation_steps)
+        return loss, torch.stack(errors).max()
+
     def _surrogate(self, estimate: Estimate, forward: ForwardPass | None = None) -> SurrogateOutput:
         return surrogate(self.policy, self.relaxation, estimate, self.terms, self.adjoint_settings, forward)
 
@@ -146,7 +179,6 @@ class SoftRolloutTrainer(RolloutTrainer):
         batch: PromptBatch,
         completions: Completions,
         estimate: Estimate,
-        output: SurrogateOutput,
         scheduled: dict[str, float],
     ) -> None:
         rollout, cotangents = estimate.rollout, estimate.cotangents
@@ -162,7 +194,6 @@ class SoftRolloutTrainer(RolloutTrainer):
             "adjoint/norm": norms.mean(-1),
             "adjoint/residual": torch.full_like(hard, cotangents.residual),
             "adjoint/sweeps": torch.full_like(hard, float(cotangents.sweeps)),
-            "rollout/replay_error": torch.full_like(hard, output.replay_error.item()),
         }
         for position in shown_positions(self.args.max_completion_length):
             here = norms[:, position] if position < norms.shape[1] else torch.zeros_like(hard)

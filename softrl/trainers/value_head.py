@@ -48,8 +48,9 @@ class ValueHeadMixin:
     What a trainer with a value head adds to [`~transformers.Trainer`]; without one it changes nothing.
 
     Overrides `create_optimizer` (a parameter group with `args.value_learning_rate`), `_clip_grad_norm` (the head's
-    gradient is clipped apart, so that it does not scale the policy's; under DeepSpeed and FSDP they are clipped
-    together), `_save` and `_load_from_checkpoint` (a file `value_head.safetensors` in every checkpoint).
+    gradient is clipped apart, so that it does not scale the policy's; DeepSpeed clips inside its own step, by the norm
+    of all gradients together), `_save` and `_load_from_checkpoint` (a file `value_head.safetensors` in every
+    checkpoint).
     """
 
     value_head: ValueHead | None = None
@@ -68,7 +69,7 @@ class ValueHeadMixin:
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        if self.value_head is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.value_head is None or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         own = {id(parameter) for parameter in self.value_head.parameters()}
         of_policy = [parameter for parameter in model.parameters() if id(parameter) not in own]

@@ -1,7 +1,8 @@
 """Lets DeepSpeed and FSDP2 run on two gloo ranks of a machine without GPUs, from the configurations written for GPUs.
 
-For tests only: it tells Accelerate to take gloo where it would take NCCL, and keeps DeepSpeed from building for a
-minute and a half an operator that training does not use. Call `install()` before anything makes an Accelerator.
+For tests only: it tells Accelerate to take gloo where it would take NCCL, and transformers that bfloat16 is possible;
+and it keeps DeepSpeed from building for a minute and a half an operator that training does not use. Call `install()`
+before anything makes an Accelerator.
 """
 
 import os
@@ -29,6 +30,10 @@ def install():
         return "gloo", DistributedType.MULTI_GPU if under_fsdp else DistributedType.MULTI_CPU
 
     accelerate.state.PartialState._prepare_backend = prepared
+    if under_deepspeed or under_fsdp:
+        import transformers.training_args
+
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     if under_fsdp:
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     if under_deepspeed:

@@ -4,6 +4,7 @@ Imports once and forks the ranks of every case, so that a case takes seconds. Ea
 `OUTPUT_DIR/<name>-<rank>.pt`, or its traceback to `<name>-<rank>.txt`.
 """
 
+import copy
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ import torch
 
 CASE = {
     "engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False,
+    "reward": "pair", "rows": 8, "bf16": False,
     "folder": None,  # of the run, instead of one of its own
     "resume": None,  # a checkpoint, or True
     "poisoned": 0,  # a step whose gradient is not a number
@@ -50,31 +52,23 @@ def on_rank(case, rank, port, folder):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["world"]), "OMP_NUM_THREADS": "1",
         "LOCAL_WORLD_SIZE": str(case["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_MIXED_PRECISION": "no", **ENGINES[case["engine"]],
+        "ACCELERATE_MIXED_PRECISION": "bf16" if case["bf16"] else "no", **ENGINES[case["engine"]],
     }  # fmt: skip
     if case["engine"] == "single":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
     torch.set_num_threads(1)
     from engines import cpu_shim
+    from trainers.tiny import logs_of
 
     cpu_shim.install()
-    from helpers import llama
-    from trainers.tiny import logs_of, make, word_tokenizer
-
-    lora = None
-    if case["lora"]:
-        from peft import LoraConfig
-
-        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
-    settings = {
-        "adjoint_tol": 1e-6, "ddp_backend": "gloo" if case["world"] > 1 else None, "bf16": False,
-        "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
-    }  # fmt: skip
-    trainer = make(
-        folder / (case["folder"] or f"{case['name']}-run"), word_tokenizer(), model=llama().float(), peft_config=lora,
-        method=case["method"], **settings,
-    )  # fmt: skip
+    trainer = trainer_of(case, folder)
+    if case["engine"] == "zero3":
+        free_parameters(trainer.accelerator)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    discriminator = getattr(trainer, "discriminator", None)
+    untrained = {} if discriminator is None else copy.deepcopy(discriminator.head.state_dict())
+    draws = kept_draws(trainer)
     if case["naive"]:
         two_backwards(trainer)
     if case["poisoned"]:
@@ -83,18 +77,82 @@ def on_rank(case, rank, port, folder):
     if case["export"]:
         trainer.save_model(str(folder / f"{case['name']}-model"))
     accelerator = trainer.accelerator
-    state = accelerator.get_state_dict(trainer.model_wrapped)
+    if case["bf16"] and case["engine"].startswith("zero"):
+        state = float32_masters(trainer.model)
+        start = {name: value.bfloat16().float() for name, value in start.items()}  # what the masters are made of
+    else:
+        state = accelerator.get_state_dict(trainer.model_wrapped)
     torch.save(
         {
+            "start": start,
             "parameters": {} if state is None else {name: value.cpu() for name, value in state.items()},
+            "logs": [row for row in trainer.state.log_history if "loss" in row],
             "losses": logs_of(trainer, "loss"),
             "rewards": logs_of(trainer, "reward"),
+            "draws": draws,
+            "untrained": untrained,
+            "discriminator": {} if discriminator is None else discriminator.head.state_dict(),
             "world": accelerator.num_processes,
             "engine": accelerator.distributed_type.value,
             "wrapper": type(trainer.model_wrapped).__name__,
         },
         folder / f"{case['name']}-{rank}.pt",
     )
+
+
+def trainer_of(case, folder):
+    """The trainer of a case, of a tiny Llama in float32."""
+    from helpers import PairReward, classifier, llama
+    from trainers.tiny import dataset, make, word_tokenizer
+
+    lora = None
+    if case["lora"]:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
+    settings = {
+        **({} if case["method"] == "PPO" else {"adjoint_tol": 1e-6}), "bf16": case["bf16"],
+        "ddp_backend": "gloo" if case["world"] > 1 else None,
+        "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
+    }  # fmt: skip
+    rewards = {
+        "pair": PairReward,
+        "classifier": lambda: classifier().float(),
+        "discriminator": lambda: "discriminator",
+    }
+    rows = dataset(case["rows"])
+    references = [f"w9 w{4 + index % 7}" for index in range(len(rows))]
+    return make(
+        folder / (case["folder"] or f"{case['name']}-run"), word_tokenizer(), model=llama().float(), peft_config=lora,
+        method=case["method"], reward=rewards[case["reward"]](), train=rows.add_column("reference", references),
+        **settings,
+    )  # fmt: skip
+
+
+def free_parameters(accelerator):
+    """Make ZeRO-3 free all parameters after each use, as it does a large model's; it would keep all of a tiny one."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    settings |= {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+
+
+def float32_masters(model):
+    """What DeepSpeed's optimizer keeps of bfloat16 parameters."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+
+
+def kept_draws(trainer):
+    """A list that every rollout of training adds its prompts, its noise and its tokens to."""
+    draws, record = [], trainer.record
+
+    def recording(batch, completions, values):
+        noise = trainer.random_for(batch).exponential(4, torch.float64)
+        draws.append({"prompts": batch.indices, "noise": noise, "tokens": completions.tokens})
+        return record(batch, completions, values)
+
+    trainer.record = recording
+    return draws
 
 
 def poisoned(trainer, step):
@@ -147,10 +205,11 @@ def run(case, folder):
 def outcomes(folder, cases):
     """Run cases in a process of its own; returns what a rank of one wrote, by name and rank."""
     tests = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(tests), "DS_ACCELERATOR": "cpu"}
+    # This checkout's softrl, whichever one is installed.
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "DS_ACCELERATOR": "cpu"}
     subprocess.run(
         [sys.executable, str(tests / "engines" / "ranks.py"), str(folder), json.dumps(cases)],
-        env=environment, check=True, capture_output=True, timeout=900,
+        env=environment, check=True, capture_output=True, timeout=1800,
     )  # fmt: skip
 
     def found(name, rank=0):
@@ -165,10 +224,14 @@ def main():
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.environ["DS_ACCELERATOR"] = "cpu"
     import accelerate.utils.deepspeed  # noqa: F401
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (three seconds: every optimizer is compared to it)
+    import helpers  # noqa: F401
+    import peft  # noqa: F401
     import transformers  # noqa: F401
+    from trainers import tiny  # noqa: F401
 
-    import softrl.trainers.soft_rollout_trainer  # noqa: F401
+    import softrl.trainers.gan_trainer
+    import softrl.trainers.ppo_trainer  # noqa: F401
 
     for case in cases:
         print(case["name"], run({**CASE, **case}, folder), flush=True)

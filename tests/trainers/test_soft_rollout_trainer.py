@@ -38,6 +38,31 @@ def test_accumulation_changes_nothing(tmp_path, tokenizer):
     torch.testing.assert_close(parameters_of(halves), parameters_of(whole), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("relaxation", ["st_gumbel", "gumbel_softmax", "gumbel_rao"])
+def test_surrogates_in_parts_change_nothing_but_how_much_is_kept(tmp_path, tokenizer, relaxation):
+    ends, losses, sizes = [], [], []
+    for chunks in (1, 2):
+        trainer = make(
+            tmp_path, tokenizer, relaxation=relaxation, surrogate_chunks=chunks, gradient_accumulation_steps=2,
+            mask_truncated_completions=True, learning_rate=0.5,
+        )  # fmt: skip
+        redirect, seen = trainer._redirect, []
+
+        def counted(model, unwrapped, function, record, *others, redirect=redirect, seen=seen):
+            seen.append(len(getattr(record, "rollout", record).mask))  # an estimate, or a rollout
+            return redirect(model, unwrapped, function, record, *others)
+
+        trainer._redirect = counted
+        trainer.train()
+        ends.append(parameters_of(trainer))
+        losses.append(logs_of(trainer, "loss"))
+        sizes.append(seen)
+    assert sizes == [[4] * 6, [2] * 12]
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-7, atol=1e-9)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-7)
+    assert (ends[0] - parameters_of(make(tmp_path, tokenizer))).norm() > 1e-2
+
+
 def test_checkpointing_changes_nothing_and_dropout_is_off(tmp_path, tokenizer):
     """GPT-2 with dropout in its configuration: checkpointed layers recompute without it, so the steps agree."""
     ends = []
@@ -187,6 +212,7 @@ def test_bad_rewards_are_reported_by_name(tmp_path, tokenizer, result, message):
         ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights has 2 numbers for 1 rewards"),
         ({"cotangent_method": "sequential", "hops": 2}, ValueError, "hops=2 with method='sequential'"),
         ({"beta": -0.1}, ValueError, "must not be negative"),
+        ({"surrogate_chunks": 3}, ValueError, "surrogate_chunks=3 must be at least 1 and divide"),
     ],
 )
 def test_bad_arguments_are_refused_before_training(tmp_path, tokenizer, change, error, message):
