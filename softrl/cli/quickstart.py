@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"softrl quickstart: {error}", file=sys.stderr)
         return 2
-    return run(trainer, checkpoint, argv, started)
+    status = run(trainer, checkpoint, argv, started)
+    trainer.accelerator.end_training()
+    return status
 
 
 def run(trainer: Any, checkpoint: str | None, argv: list[str], started: float) -> int:

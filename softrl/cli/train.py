@@ -232,6 +232,12 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, AssetError) as error:
         print(f"softrl train: {error}", file=sys.stderr)
         return 2
+    status = _run(trainer, checkpoint, argv)
+    trainer.accelerator.end_training()  # a process that exits with gloo's threads in it may be aborted
+    return status
+
+
+def _run(trainer: Any, checkpoint: str | None, argv: list[str]) -> int:
     from softrl.rewards.base import ReadsDecodedText
     from softrl.trainers.callbacks import InterruptCallback
 
@@ -246,11 +252,12 @@ def main(argv: list[str]) -> int:
     if interrupt.signal is not None:
         trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. Resume with: {resume}")
         return interrupt.exit_code
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    output_dir = trainer.args.output_dir
+    trainer.save_model(output_dir)
+    trainer.accelerator.print(f"Model saved to {output_dir}.")
     if trainer.is_world_process_zero():
         from softrl.studies.report import plot_run
 
-        for figure in plot_run(trainer.state.log_history, Path(training_args.output_dir)):
+        for figure in plot_run(trainer.state.log_history, Path(output_dir)):
             print(f"Figure: {figure}")
     return 0

@@ -247,7 +247,8 @@ def test_trl_has_the_defaults_of_the_others():
 def test_how_much_of_the_vocabulary_a_reward_with_another_tokenizer_knows_is_printed(tmp_path, capsys, monkeypatch):
     """A trainer that does nothing but hold rewards."""
     rewards = [ALL_REWARDS[name]() for name in ("pair", "similarity", "aligned classifier")]
-    trainer = MagicMock(rewards=SimpleNamespace(rewards=rewards), accelerator=SimpleNamespace(print=print))
+    accelerator = SimpleNamespace(print=print, end_training=lambda: None)
+    trainer = MagicMock(rewards=SimpleNamespace(rewards=rewards), accelerator=accelerator)
     trainer.is_world_process_zero.return_value = False
     monkeypatch.setattr(train, "build_trainer", lambda *arguments: trainer)
     assert main(["--output_dir", str(tmp_path)]) == 0

@@ -43,6 +43,7 @@ def on_rank(output, argv):
         "engine": trainer.accelerator.distributed_type.value,
     }
     (output / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))
+    trainer.accelerator.end_training()
 
 
 def measured(engine, length, more):
