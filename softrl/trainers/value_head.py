@@ -5,12 +5,14 @@ sharded as all others are. It stays out of the model's files, which load in plai
 beside them in a file of its own.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from softrl.assets import write_atomically
@@ -74,8 +76,9 @@ class ValueHeadMixin:
         own = {id(parameter) for parameter in self.value_head.parameters()}
         of_policy = [parameter for parameter in model.parameters() if id(parameter) not in own]
         norm = self.accelerator.clip_grad_norm_(of_policy, self.args.max_grad_norm)
-        nn.utils.clip_grad_norm_(self.value_head.parameters(), self.args.max_grad_norm)
-        return norm
+        of_head = nn.utils.clip_grad_norm_(self.value_head.parameters(), self.args.max_grad_norm)
+        of_head = of_head.full_tensor() if isinstance(of_head, DTensor) else of_head
+        return norm if math.isfinite(of_head.item()) else of_head  # a step is not taken where either is not finite
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         gathered = {

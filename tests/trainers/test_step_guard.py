@@ -69,6 +69,16 @@ def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path, tokenizer, meth
 
 
 @pytest.mark.slow
+def test_a_value_head_without_a_finite_gradient_is_enough(tmp_path, tokenizer):
+    trainer, _ = run(tmp_path, tokenizer, set(), "PPO", num_generations=2, max_steps=1, num_ppo_epochs=1)
+    start = parameters_of(trainer).clone()
+    next(trainer.value_head.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    trainer.train()
+    assert torch.equal(parameters_of(trainer), start)
+    assert logs_of(trainer, "skipped_steps") == [1.0]
+
+
+@pytest.mark.slow
 def test_many_in_a_row_end_the_run_with_a_checkpoint_of_what_was_good(tmp_path, tokenizer):
     settings = {"max_steps": 9, "max_skipped_steps": 3, "save_strategy": "steps", "save_steps": 50}
     trainer, callback = run(tmp_path, tokenizer, {2, 4, 5, 6}, **settings)
