@@ -89,6 +89,19 @@ def load_whole_models() -> None:
         unset_hf_deepspeed_config()
 
 
+def release_at_once(accelerator: Accelerator) -> None:
+    """Have ZeRO-3 free a layer's parameters when it was called, unless the configuration says otherwise.
+
+    By default it looks up, after every call of a module, whether the same parameters are used again within the next
+    10⁹ numbers (`stage3_max_reuse_distance`). A step of ours is a long sequence of calls, one pass for every token: on
+    a model of 135M parameters that search took 450 s of a step that takes 9 s without. On larger ones 10⁹ numbers are
+    less than a pass, and nothing is kept anyway.
+    """
+    if shards_parameters(accelerator) and accelerator.distributed_type is DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        settings.setdefault("stage3_max_reuse_distance", 0)
+
+
 def shards_parameters(accelerator: Accelerator) -> bool:
     """Whether a process holds a part of each parameter only: FSDP, ZeRO-3."""
     if accelerator.distributed_type is DistributedType.DEEPSPEED:

@@ -38,6 +38,7 @@ from softrl.trainers.engines import (
     largest_over_processes,
     make_ready,
     parts_callable,
+    release_at_once,
     shards_parameters,
 )
 from softrl.trainers.evaluation import Evaluator, Judge, Sample, hard_scores, metrics_of_texts, repetition, summary
@@ -166,6 +167,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         if args.early_stop_on_gap is not None or args.early_stop_on_judge_drop is not None:
             self.add_callback(GamingCallback(args.early_stop_on_gap, args.early_stop_on_judge_drop))
         check_engine(self.accelerator)
+        release_at_once(self.accelerator)
         if shards_parameters(self.accelerator):
             self.policy.largest = partial(largest_over_processes, self.accelerator)
         self.eos_ids = eos_token_ids(model, processing_class)
