@@ -87,9 +87,6 @@ def fit_classifier(
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     model = _merged(trainer)
-    # It ends texts, not conversations, with one; where that is the padding too, classifiers of transformers skip it.
-    reads_end = isinstance(train[0]["chosen"], str) and tokenizer.eos_token_id != tokenizer.pad_token_id
-    setattr(model.config, APPEND_EOS, reads_end)
 
     def margins(rows: Dataset, title: str) -> Float[Tensor, "n"]:
         return scores(model, tokenizer, rows["text"], args, title)
@@ -125,7 +122,7 @@ def fit_preferences(
     )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     model = _merged(trainer)
-    # It ends texts, not conversations, with one; where that is the padding too, classifiers of transformers skip it.
+    # TRL ends texts, not conversations, with one; where that is the padding too, classifiers of transformers skip it.
     reads_end = isinstance(train[0]["chosen"], str) and tokenizer.eos_token_id != tokenizer.pad_token_id
     setattr(model.config, APPEND_EOS, reads_end)
 

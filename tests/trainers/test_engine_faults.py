@@ -96,5 +96,5 @@ def test_what_an_engine_saves_loads_without_softrl(ranks):
         model = llama().float()
         model.load_state_dict(ranks[1](engine)["parameters"])
         with torch.no_grad():
-            torch.testing.assert_close(model(torch.tensor(IDS)).logits, logits, rtol=0.0, atol=1e-6)
+            torch.testing.assert_close(model(torch.tensor(IDS)).logits, logits, rtol=0.0, atol=1e-5)
         assert text.shape == (1, len(IDS[0]) + 4)

@@ -56,6 +56,6 @@ def test_saved_models_give_the_same_logits_elsewhere(tmp_path, tokenizer):
                     text = trainer.model.generate(input_ids=torch.tensor(IDS), max_new_tokens=4, do_sample=False)
                 expected += [(logits, text)] * 2
     for (logits, text), (found_logits, found_text) in zip(expected, exported(folders, tmp_path / "out"), strict=True):
-        torch.testing.assert_close(found_logits, logits, rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(found_logits, logits, rtol=0.0, atol=1e-5)  # float32, other threads
         assert torch.equal(found_text, text)
     assert (expected[0][0] - expected[2][0]).abs().max() > 1e-3  # two runs differ
