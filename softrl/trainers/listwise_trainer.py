@@ -26,7 +26,7 @@ from softrl.trainers._bridge import BaseTrainer, disable_dropout_in_model
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import check_engine, check_wrapped
 from softrl.trainers.listwise_config import ListwisePreferenceConfig
-from softrl.trainers.loading import load_model, load_tokenizer, model_name, with_adapter
+from softrl.trainers.loading import load_model, load_tokenizer, model_name, with_adapter, without_adapters
 from softrl.trainers.model_card import CITATION
 
 
@@ -162,7 +162,7 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
     def _reference_log_probs(self, model: nn.Module, batch: RankedBatch) -> Float[Tensor, "M"]:
         if self.reference is not None:
             return completion_log_probs(self.reference, batch)
-        with self.accelerator.unwrap_model(model).disable_adapter():
+        with without_adapters(self.accelerator.unwrap_model(model)):
             return completion_log_probs(model, batch)
 
     @torch.no_grad()
