@@ -4,6 +4,8 @@ from softrl.trainers.evaluation import evaluate_policy
 from softrl.trainers.gan_config import ReinforceGANConfig, TextGANConfig
 from softrl.trainers.gan_trainer import ReinforceGANTrainer, TextGANTrainer
 from softrl.trainers.gradient_statistics import GradientStatisticsCallback
+from softrl.trainers.listwise_config import ListwisePreferenceConfig
+from softrl.trainers.listwise_trainer import ListwisePreferenceTrainer
 from softrl.trainers.ppo_config import PPOConfig
 from softrl.trainers.ppo_trainer import PPOTrainer
 from softrl.trainers.reinforce_config import ReinforceConfig
@@ -15,6 +17,8 @@ from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 
 __all__ = [
     "GradientStatisticsCallback",
+    "ListwisePreferenceConfig",
+    "ListwisePreferenceTrainer",
     "PPOConfig",
     "PPOTrainer",
     "ReinforceConfig",

@@ -7,9 +7,16 @@ from torch import Tensor
 from trl.models.utils import _ForwardRedirection as ForwardRedirection
 from trl.trainer.base_config import _BaseConfig as BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
-from trl.trainer.utils import print_prompt_completions_sample
+from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample
 
-__all__ = ["BaseConfig", "BaseTrainer", "ForwardRedirection", "print_prompt_completions_sample", "vllm_generation"]
+__all__ = [
+    "BaseConfig",
+    "BaseTrainer",
+    "ForwardRedirection",
+    "disable_dropout_in_model",
+    "print_prompt_completions_sample",
+    "vllm_generation",
+]
 
 
 def vllm_generation(left_out: str, **settings: Any) -> Any:

@@ -107,15 +107,18 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
 def reference_policy(model: nn.Module, args: RolloutConfig) -> Policy | None:
     """The model with its adapters off, or a frozen copy; no copy when nothing needs it."""
     if isinstance(model, PeftModel):
-        return args.make_policy(model, partial(_without_adapters, model))
+        return args.make_policy(model, partial(without_adapters, model))
     if not args.needs_reference:
         return None
     return args.make_policy(copy.deepcopy(model).eval().requires_grad_(False), nullcontext)
 
 
 @contextmanager
-def _without_adapters(model: PeftModel) -> Iterator[None]:
-    """PEFT makes all active adapters trainable when it switches them on again; here they stay as they were."""
+def without_adapters(model: PeftModel) -> Iterator[None]:
+    """The base model, for a while.
+
+    PEFT makes all active adapters trainable when it switches them on again; here they stay as they were.
+    """
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with model.disable_adapter():
         yield
