@@ -1,5 +1,6 @@
 """Callbacks: stopping on Ctrl-C or when a reward is gamed, and a progress bar that shows what matters."""
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -26,6 +27,9 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        # Of this process. Apart from `signal`, on which all processes have agreed: one may come at any instant, also
+        # while they do, and a process that looked at it then would stop a step before the others.
+        self._received = 0
         self._previous: dict[int, Any] = {}
 
     @property
@@ -39,18 +43,19 @@ class InterruptCallback(TrainerCallback):
         self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._received = number
         self._restore()
-        tqdm.write(
-            f"{signal.Signals(number).name}: finishing this step and saving a checkpoint (a second one stops at once)."
-        )
+        name = signal.Signals(number).name
+        # Not print: the signal may have come inside one, whose buffer is locked.
+        os.write(2, f"{name}: finishing this step and saving a checkpoint (a second one stops at once).\n".encode())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if args.world_size > 1:
-            self.signal = max(gather_object([self.signal or 0])) or None
-        if self.signal is not None:
+        received = [self._received]
+        agreed = max(gather_object(received) if args.world_size > 1 else received)
+        if agreed:
+            self.signal = agreed
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from helpers import llama
 from peft import LoraConfig
 from trainers.tiny import logs_of, make, numbers_of, parameters_of, word_tokenizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from softrl.trainers.callbacks import InterruptCallback
 from softrl.trainers.checkpoints import (
@@ -265,3 +265,21 @@ def test_the_host_refuses_a_checkpoint_that_would_run_code(copy_of, tokenizer, m
     with pytest.raises(pickle.UnpicklingError):
         make(copy_of, tokenizer, **SAVING).train(resume_from_checkpoint=str(folder))
     assert not Path("exploded").exists()
+
+
+def test_a_signal_that_comes_while_processes_agree_counts_at_the_next_step(monkeypatch):
+    """Looked at at once it would stop one process a step before the others, which then wait for it."""
+    from softrl.trainers import callbacks
+
+    interrupt, arguments = InterruptCallback(), SimpleNamespace(world_size=2)
+
+    def gathered(received):
+        interrupt._on_signal(signal.SIGTERM, None)
+        return [*received, 0]
+
+    monkeypatch.setattr(callbacks, "gather_object", gathered)
+    for expected in (False, True):
+        control = TrainerControl()
+        interrupt.on_step_end(arguments, None, control)
+        assert control.should_training_stop == control.should_save == expected
+        assert (interrupt.signal == signal.SIGTERM) == expected
