@@ -18,7 +18,7 @@ REQUIRED = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 OPTIONAL = {
     "deepspeed": ("ZeRO", "softrl[deepspeed]"),
     "bitsandbytes": ("quantized models, 8-bit optimisers", "trl[quantization]"),
-    "vllm": ("TRL's trainers with vLLM", "trl[vllm]"),
+    "vllm": ("use_vllm", "softrl[vllm]"),
     "tensorboard": ("report_to: tensorboard", "tensorboard"),
     "trackio": ("report_to: trackio", "trackio"),
     "wandb": ("report_to: wandb", "wandb"),

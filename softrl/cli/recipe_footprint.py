@@ -173,6 +173,8 @@ def _classifier_bytes(name: str) -> int:
 
 def _unseen(arguments: TrainArguments, args: Any) -> list[str]:
     notes = []
+    if getattr(args, "surrogate_chunks", 1) > 1:
+        notes.append("surrogate_chunks makes the last phase smaller: less than this")
     if arguments.trainer in ("text_gan", "reinforce_gan"):
         notes.append("the discriminator is not counted")
     if arguments.trainer == "ppo" and args.num_mini_batches > 1:

@@ -72,6 +72,11 @@ def indexed(dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> Data
     return dataset.add_column(INDEX_COLUMN, list(range(len(dataset))))
 
 
+def as_rows(rows: list[Any]) -> list[Any]:
+    """The data collator: trainers make tensors of rows themselves."""
+    return rows
+
+
 def indexed_for_evaluation(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """An evaluation set, or several by name, with row indices."""
     if dataset is None:

@@ -206,8 +206,8 @@ class CheckpointMixin:
             NotResumableError: there is nothing to resume from, or it is damaged or of another kind of run.
         """
         if resume_from_checkpoint is True:
-            found = latest_checkpoint(self.args.output_dir)
-            resume_from_checkpoint = gather_object([found])[0]  # of the main process: the others' clocks may differ
+            found = latest_checkpoint(self.args.output_dir) if self.accelerator.is_main_process else None
+            resume_from_checkpoint = gather_object([found])[0]
             if resume_from_checkpoint is None:
                 raise NotResumableError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         if resume_from_checkpoint:

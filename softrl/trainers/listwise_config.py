@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, get_args
 
 from softrl.trainers._bridge import BaseConfig
 from softrl.trainers.engines import load_whole_models
-from softrl.trainers.precision import bf16_by_default
+from softrl.trainers.precision import bf16_by_default, checkpoint_without_reentry
 
 ListwiseLoss = Literal["plackett_luce", "listwise", "one_winner", "nca", "partition"]
 
@@ -62,6 +62,7 @@ class ListwisePreferenceConfig(BaseConfig):
             self.bf16 = bf16_by_default(self)
         super().__post_init__()
         load_whole_models()
+        checkpoint_without_reentry(self)
         if self.loss_type not in get_args(ListwiseLoss):
             raise ValueError(f"loss_type must be one of {', '.join(get_args(ListwiseLoss))}, got {self.loss_type!r}")
         for name in ("beta", "reward_temperature"):

@@ -23,10 +23,17 @@ from softrl.objectives.listwise import (
 )
 from softrl.objectives.partition import partition_loss
 from softrl.trainers._bridge import BaseTrainer, disable_dropout_in_model
+from softrl.trainers.batches import as_rows
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import check_engine, check_wrapped
 from softrl.trainers.listwise_config import ListwisePreferenceConfig
-from softrl.trainers.loading import load_model, load_tokenizer, model_name, with_adapter, without_adapters
+from softrl.trainers.loading import (
+    load_model,
+    load_tokenizer,
+    model_name,
+    with_adapter,
+    without_adapters,
+)
 from softrl.trainers.model_card import CITATION
 
 
@@ -84,8 +91,6 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
     ):
         if args is None:
             args = ListwisePreferenceConfig(f"{model_name(model)}-{self._name}")
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         tokenizer = load_tokenizer(model, args) if processing_class is None else processing_class
         evaluation_sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *evaluation_sets):
@@ -105,7 +110,7 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_identity,
+            data_collator=as_rows,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -204,10 +209,6 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
     def _drained(self, mode: str) -> dict[str, float]:
         seen, self._seen[mode] = self._seen[mode], defaultdict(list)
         return {name: sum(values) / len(values) for name, values in seen.items()}
-
-
-def _identity(rows: list[Any]) -> list[Any]:
-    return rows
 
 
 def completion_log_probs(model: nn.Module, batch: RankedBatch) -> Float[Tensor, "M"]:

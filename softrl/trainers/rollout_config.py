@@ -12,7 +12,7 @@ from softrl.models.policy import Policy
 from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
 from softrl.tokens.truncation import Truncation
 from softrl.trainers.engines import load_whole_models
-from softrl.trainers.precision import bf16_by_default
+from softrl.trainers.precision import bf16_by_default, checkpoint_without_reentry
 from softrl.trainers.vllm_config import VLLMConfig
 
 
@@ -165,6 +165,7 @@ class RolloutConfig(VLLMConfig):
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
         load_whole_models()
+        checkpoint_without_reentry(self)
         if self.max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if self.max_reward_jump is not None and not self.max_reward_jump > 0.0:

@@ -28,7 +28,15 @@ from softrl.rewards.resolve import resolve_rewards
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
-from softrl.trainers.batches import Completions, PromptBatch, decode, indexed, indexed_for_evaluation, prompt_batch
+from softrl.trainers.batches import (
+    Completions,
+    PromptBatch,
+    as_rows,
+    decode,
+    indexed,
+    indexed_for_evaluation,
+    prompt_batch,
+)
 from softrl.trainers.callbacks import GamingCallback
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.completions import CompletionLog
@@ -118,8 +126,6 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
     ):
         if args is None:
             args = self._config_class(f"{model_name(model)}-{self._name}")
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if processing_class is None:
             processing_class = load_tokenizer(model, args)
         if train_dataset is not None:
@@ -157,7 +163,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_identity,
+            data_collator=as_rows,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -412,7 +418,3 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         elsewhere = output_dir is not None and Path(output_dir).resolve() != card.parent.resolve()
         if elsewhere and self.is_world_process_zero():
             shutil.copy(card, Path(output_dir) / card.name)
-
-
-def _identity(rows: list[Any]) -> list[Any]:
-    return rows

@@ -20,7 +20,7 @@ def main():
     for folder in json.loads(sys.argv[1]):
         adapter = (Path(folder) / "adapter_config.json").is_file()
         loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-        model = loader.from_pretrained(folder).eval()
+        model = loader.from_pretrained(folder).eval().double()  # so that the order of additions does not matter
         with torch.no_grad():
             tensors[f"{folder}:logits"] = model(ids).logits
             tensors[f"{folder}:text"] = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)

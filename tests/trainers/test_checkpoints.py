@@ -87,12 +87,14 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_taken(copy_of, tok
     assert damage(copy_of / "checkpoint-3") is None  # it was made again
 
 
-def test_a_run_goes_on_exactly(saved, copy_of, tokenizer):
+def test_a_run_goes_on_exactly(tmp_path, tokenizer):
     """In float32, as users train."""
-    resumed, straight = (make(folder, tokenizer, llama().float(), max_steps=6, **SAVING) for folder in
-                         (copy_of.parent / "a", copy_of.parent / "b"))  # fmt: skip
+
+    def run(name):
+        return make(tmp_path / name, tokenizer, llama().float(), max_steps=6, **SAVING)
+
+    straight, half, resumed = run("straight"), run("stopped"), run("stopped")
     straight.train()
-    half = make(copy_of.parent / "a", tokenizer, llama().float(), max_steps=6, **SAVING)
     half.add_callback(Signal(3, signal.SIGTERM))
     half.add_callback(InterruptCallback())
     half.train()

@@ -51,11 +51,12 @@ def test_saved_models_give_the_same_logits_elsewhere(tmp_path, tokenizer):
                 trainer.train()
                 trainer.save_model(str(folder))
                 folders += [folder, folder / "checkpoint-3"]
+                model = trainer.model.eval().double()
                 with torch.no_grad():
-                    logits = trainer.model.eval()(torch.tensor(IDS)).logits
-                    text = trainer.model.generate(input_ids=torch.tensor(IDS), max_new_tokens=4, do_sample=False)
+                    logits = model(torch.tensor(IDS)).logits
+                    text = model.generate(input_ids=torch.tensor(IDS), max_new_tokens=4, do_sample=False)
                 expected += [(logits, text)] * 2
     for (logits, text), (found_logits, found_text) in zip(expected, exported(folders, tmp_path / "out"), strict=True):
-        torch.testing.assert_close(found_logits, logits, rtol=0.0, atol=1e-5)  # float32, other threads
+        torch.testing.assert_close(found_logits, logits, rtol=0.0, atol=1e-6)
         assert torch.equal(found_text, text)
     assert (expected[0][0] - expected[2][0]).abs().max() > 1e-3  # two runs differ
