@@ -29,6 +29,14 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Given text, one row each, padded on either side."""
+
+    ids: Int[Tensor, "N T"]
+    mask: Bool[Tensor, "N T"]
+
+
+@dataclass(frozen=True)
 class Support:
     """What a step draws and what stays constant thereafter: the kept ids, the noise on them and the hard choice.
 
@@ -151,3 +159,37 @@ class Rollout:
     def hard(self) -> HardRollout:
         """The hard tokens, through the first end of sequence where soft stopping may have gone on."""
         return HardRollout(self.prompts, self.tokens, self.mask & mask_through_eos(self.tokens, self.eos_ids))
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """What was thought after A tokens of each text, S times after each: n thought tokens, K kept ids in each.
+
+    `anchors` are the slots of those tokens; where `is_anchor` is False a row has fewer, and what was thought there
+    counts for nothing. `fed` are the recorded weights that were fed; neither they nor the support carry a graph.
+    """
+
+    anchors: Int[Tensor, "N A"]
+    is_anchor: Bool[Tensor, "N A"]
+    support: Support  # batch axes N, A, S, n
+    fed: Float[Tensor, "N A S n K"]
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return self.fed.shape[2]
+
+    @property
+    def length(self) -> int:
+        """n, in tokens, without start and end."""
+        return self.fed.shape[3]
+
+    @property
+    def tokens(self) -> Int[Tensor, "N A S n"]:
+        """The hard token of every step."""
+        return self.support.tokens()
+
+    @property
+    def branch_anchors(self) -> Int[Tensor, "N L"]:
+        """The anchor of every branch, L = A * S: samples of an anchor are neighbours."""
+        return self.anchors.repeat_interleave(self.num_samples, 1)

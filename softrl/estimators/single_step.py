@@ -36,12 +36,7 @@ class DrawRandom(SequenceRandom):
     """
 
     def __init__(self, seed: int, draws: Sequence[int], num_rows: int):
-        super().__init__([sequence_seed(seed, draw) for draw in draws])
-        self.num_rows = num_rows
-
-    def exponential(self, size: int, dtype: torch.dtype) -> Float[Tensor, "N size"]:
-        """Exp(1) draws, the rows of a draw side by side: N = D * num_rows."""
-        return super().exponential(self.num_rows * size, dtype).reshape(-1, size)
+        super().__init__([sequence_seed(seed, draw) for draw in draws], rows=num_rows)
 
 
 def value_and_gradient(

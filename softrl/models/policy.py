@@ -158,6 +158,10 @@ class Policy:
         """What the decoder calls its cache: transformers 5.24 renamed it for all models. None if it takes none."""
         return next((name for name in ("cache", "past_key_values", "cache_params") if name in self._accepted), None)
 
+    def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments that the decoder has."""
+        return {name: value for name, value in arguments.items() if name in self._accepted}
+
     def embed(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
         """Token embeddings as the model's own module returns them."""
         with self.context():
@@ -225,11 +229,10 @@ class Policy:
         prompt_embeds = self.embed(prompts.ids)
         fed = torch.cat([prompt_embeds, embeds[:, :-1].to(prompt_embeds.dtype)], 1)
         mask = torch.cat([prompts.mask, prompts.mask.new_ones(embeds.shape[0], embeds.shape[1] - 1)], 1)
-        arguments = {"inputs_embeds": fed, "attention_mask": mask.long(), "use_cache": False}
-        if "position_ids" in self._accepted:
-            arguments["position_ids"] = positions(mask)
+        where = positions(mask)
+        arguments = {"inputs_embeds": fed, "attention_mask": mask.long(), "use_cache": False, "position_ids": where}
         with self.context():
-            output = self.decoder(**{name: value for name, value in arguments.items() if name in self._accepted})
+            output = self.decoder(**self.accepted(arguments))
         return output.last_hidden_state[:, prompts.mask.shape[1] - 1 :]
 
     @cached_property
@@ -259,7 +262,7 @@ class Policy:
         Raises:
             ValueError: gradient checkpointing is active, which silently drops the cache.
         """
-        self._refuse_checkpointing()
+        self.refuse_checkpointing()
         state = self._new_state(prompts, capacity, growing)
         with torch.no_grad(), self.context():
             hidden = state.advance(self.embed(prompts.ids))[:, -1]
@@ -286,7 +289,8 @@ class Policy:
             return KeyValueState(self.decoder, prompts, self.cache_argument, capacity, growing)
         return HostState(self.decoder, prompts, self.cache_argument)
 
-    def _refuse_checkpointing(self) -> None:
+    def refuse_checkpointing(self) -> None:
+        """Raise ValueError where transformers would drop a key-value cache."""
         if any(
             layer.gradient_checkpointing and layer.training
             for layer in self.decoder.modules()

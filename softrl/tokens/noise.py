@@ -23,11 +23,13 @@ class SequenceRandom:
     Args:
         seeds: one seed a sequence, see `sequence_seed`.
         device: where the numbers are drawn and returned.
+        rows: rows of numbers that a sequence draws each time, side by side: N = sequences * rows.
     """
 
-    def __init__(self, seeds: list[int], device: torch.device | str = "cpu"):
+    def __init__(self, seeds: list[int], device: torch.device | str = "cpu", rows: int = 1):
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
         self.device = torch.device(device)
+        self.rows = rows
 
     @classmethod
     def keyed(
@@ -47,7 +49,7 @@ class SequenceRandom:
         uniform is too coarse, since it is zero once in 2^24 draws and a zero would win any race.
         """
         on_cpu = self.device.type == "cpu"
-        drawn = torch.empty(len(self), size, dtype=torch.float64 if on_cpu else dtype, device=self.device)
+        drawn = torch.empty(len(self), self.rows * size, dtype=torch.float64 if on_cpu else dtype, device=self.device)
         for row, generator in zip(drawn, self.generators, strict=True):
             if on_cpu:
                 row.uniform_(generator=generator)
@@ -55,7 +57,7 @@ class SequenceRandom:
                 row.exponential_(generator=generator)
         if on_cpu:
             drawn = drawn.neg_().log1p_().neg_().to(dtype)
-        return drawn.clamp_(min=torch.finfo(dtype).tiny)
+        return drawn.clamp_(min=torch.finfo(dtype).tiny).reshape(-1, size)
 
     def gumbel(self, size: int, dtype: torch.dtype) -> Float[Tensor, "N size"]:
         """Standard Gumbel draws, `-log E` with E ~ Exp(1)."""
