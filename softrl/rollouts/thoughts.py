@@ -36,7 +36,8 @@ class ThoughtPass:
     """
 
     base_hidden: Float[Tensor, "N T D"]
-    base_log_probs: Float[Tensor, "N A n_talk"]
+    text_log_probs: Float[Tensor, "N T-1"]  # of tokens 2..T without thoughts
+    base_log_probs: Float[Tensor, "N A n_talk"]  # those of them that a thought is followed by
     thought_hidden: Float[Tensor, "N A S n D"]  # that thought tokens are predicted from
     log_probs: Float[Tensor, "N A S n"]
     entropy: Float[Tensor, "N A S n"]
@@ -208,8 +209,11 @@ def thought_pass(
     base_talk, talk = _at(base, where - 1), hidden[..., n + 1 :, :]  # base: the slots before the targets
     weight = model.mixing(base_talk[:, :, None].expand_as(talk), talk)
     mixed = _mixed_log_probs(model, base_talk, talk, weight, targets)
-    base_log_probs = _token_log_probs(model.talk, base_talk, targets, False)[0]
-    return ThoughtPass(base, base_log_probs, hidden[..., :n, :], log_probs, spread, mixed, weight, is_talk)
+    text_log_probs = _token_log_probs(model.talk, base[:, :-1], texts.ids[:, 1:], False)[0]
+    base_log_probs = _at(text_log_probs[..., None], where - 1)[..., 0]
+    return ThoughtPass(
+        base, text_log_probs, base_log_probs, hidden[..., :n, :], log_probs, spread, mixed, weight, is_talk
+    )
 
 
 def talk_slots(
