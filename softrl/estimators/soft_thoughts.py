@@ -2,8 +2,8 @@
 
 With e_1..e_n the fed embeddings of a thought and r its reward, `λ_t = ∂r/∂e_t + Σ_{j>t} (∂p_j/∂e_t)ᵀ a_j` and
 `a_t = γ (∂e_t/∂q_t)ᵀ λ_t`. The reward reads a thought through its embeddings alone, so there is no direct derivative
-on q; all else is as for rollouts (`estimators.system`). One forward pass with a graph serves the sweeps, of which n are
-exact, and the surrogate. Source: ours (softrl maths, section 2).
+on q; all else is as for rollouts (`estimators.system`). One forward pass with a graph serves the sweeps (n are
+exact) and the surrogate. Source: ours (softrl maths, section 2).
 """
 
 from collections.abc import Callable

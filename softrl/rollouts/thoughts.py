@@ -44,6 +44,8 @@ class ThoughtPass:
     talk_log_probs: Float[Tensor, "N A S n_talk"]
     mixing: Float[Tensor, "N A S n_talk"]
     is_talk: Bool[Tensor, "N A n_talk"]
+    talk_hits: Bool[Tensor, "N A S n_talk"]  # whether the true token is the likeliest one
+    base_hits: Bool[Tensor, "N A n_talk"]
 
     @property
     def rewards(self) -> Float[Tensor, "N A S"]:
@@ -178,6 +180,7 @@ def thought_pass(
     embeds: Float[Tensor, "N A S n D"],
     attention: BranchAttention = "shared",
     with_entropy: bool = False,
+    with_hits: bool = False,
 ) -> ThoughtPass:
     """Run recorded thoughts through the model, all in parallel, with a graph.
 
@@ -189,6 +192,7 @@ def thought_pass(
         embeds: of the thoughts, see `thought_embeds`; a leaf where their cotangents are wanted.
         attention: see `models.branches`.
         with_entropy: measure the entropy of thought tokens; else it is 0.
+        with_hits: find out which true tokens are the likeliest ones; else none is.
     Raises:
         ValueError: n_talk < 1, or texts of one token, which have none to predict.
     """
@@ -208,12 +212,13 @@ def thought_pass(
     log_probs, spread = _token_log_probs(model.policy, hidden[..., :n, :], thoughts.tokens, with_entropy)
     base_talk, talk = _at(base, where - 1), hidden[..., n + 1 :, :]  # base: the slots before the targets
     weight = model.mixing(base_talk[:, :, None].expand_as(talk), talk)
-    mixed = _mixed_log_probs(model, base_talk, talk, weight, targets)
-    text_log_probs = _token_log_probs(model.talk, base[:, :-1], texts.ids[:, 1:], False)[0]
-    base_log_probs = _at(text_log_probs[..., None], where - 1)[..., 0]
+    mixed, talk_hits = _mixed_log_probs(model, base_talk, talk, weight, targets, with_hits)
+    text_log_probs, text_hits = _text_log_probs(model, base[:, :-1], texts.ids[:, 1:], with_hits)
+    base_log_probs, base_hits = (_at(of[..., None], where - 1)[..., 0] for of in (text_log_probs, text_hits))
     return ThoughtPass(
-        base, text_log_probs, base_log_probs, hidden[..., :n, :], log_probs, spread, mixed, weight, is_talk
-    )
+        base, text_log_probs, base_log_probs, hidden[..., :n, :], log_probs, spread, mixed, weight, is_talk,
+        talk_hits, base_hits,
+    )  # fmt: skip
 
 
 def talk_slots(
@@ -247,22 +252,43 @@ def _token_log_probs(
     return log_probs.reshape(tokens.shape), spread.reshape(tokens.shape)
 
 
+def _text_log_probs(
+    model: ThinkingLM, hidden: Float[Tensor, "N t D"], tokens: Int[Tensor, "N t"], with_hits: bool
+) -> tuple[Float[Tensor, "N t"], Bool[Tensor, "N t"]]:
+    """log p of true tokens without thoughts."""
+
+    def of(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return _of_true(model.talk.head(states).log_softmax(-1), ids, with_hits)
+
+    found = _in_chunks(of, model.talk, [hidden.reshape(-1, hidden.shape[-1]), tokens.flatten()])
+    log_probs, hits = (values.view_as(tokens) for values in found)
+    return log_probs, hits
+
+
 def _mixed_log_probs(
     model: ThinkingLM,
     base: Float[Tensor, "N A k D"],
     talk: Float[Tensor, "N A S k D"],
     weight: Float[Tensor, "N A S k"],
     targets: Int[Tensor, "N A k"],
-) -> Float[Tensor, "N A S k"]:
-    """log p_mixed of the true tokens."""
+    with_hits: bool,
+) -> tuple[Float[Tensor, "N A S k"], Bool[Tensor, "N A S k"]]:
+    """log p_mixed of true tokens."""
 
-    def of(base_states: Tensor, states: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor]:
-        return (model.mixed_log_probs(base_states, states, weights).gather(-1, ids[:, None])[:, 0],)
+    def of(base_states: Tensor, states: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return _of_true(model.mixed_log_probs(base_states, states, weights), ids, with_hits)
 
     width = talk.shape[-1]
     flat = [base[:, :, None].expand_as(talk).reshape(-1, width), talk.reshape(-1, width), weight.flatten()]
     ids = targets[:, :, None].expand(weight.shape).flatten()
-    return _in_chunks(of, model.talk, [*flat, ids])[0].view_as(weight)
+    log_probs, hits = (values.view_as(weight) for values in _in_chunks(of, model.talk, [*flat, ids]))
+    return log_probs, hits
+
+
+def _of_true(log_probs: Float[Tensor, "M V"], ids: Int[Tensor, "M"], with_hits: bool) -> tuple[Tensor, Tensor]:
+    """Those of the true tokens, and whether these are the likeliest."""
+    hits = log_probs.argmax(-1) == ids if with_hits else torch.zeros_like(ids, dtype=torch.bool)
+    return log_probs.gather(-1, ids[:, None])[:, 0], hits
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], policy: Policy, values: list[Tensor]) -> list[Tensor]:
