@@ -38,6 +38,7 @@ class ThoughtObjective:
         base_weight, talk_weight, policy_weight, entropy_weight: b, t, p, h.
         source: what was fed; thoughts that are not the policy's teach it nothing.
         attention: see `models.branches`.
+        base_after_thoughts: let `base` count the tokens that follow a thought only.
     Raises:
         ValueError: both or neither of rule and relaxation, or a negative weight.
     """
@@ -52,6 +53,7 @@ class ThoughtObjective:
     entropy_weight: float = 0.0
     source: ThoughtSource = "policy"
     attention: BranchAttention = "shared"
+    base_after_thoughts: bool = False
 
     def __post_init__(self) -> None:
         if (self.rule is None) == (self.relaxation is None):
@@ -118,7 +120,7 @@ def thought_loss(
         )  # fmt: skip
         passed, valid = soft.passed, is_valid(soft.passed)
         talk, policy = -soft.talk.mean(-1)[valid], -soft.thought.mean(-1)[valid]
-    base = token_mean(-passed.text_log_probs, can_follow(texts)[:, :-1])
+    base = _base_loss(texts, passed, objective)
     talk_mean = talk.sum() / passed.is_talk.sum().clamp(min=1)
     policy_mean = policy.sum() / max(len(policy), 1)
     thinking = thoughts.is_anchor[..., None, None].expand(passed.entropy.shape)
@@ -129,6 +131,12 @@ def thought_loss(
     if with_entropy:
         loss = loss - objective.entropy_weight * spread
     return ThoughtLoss(loss, base, talk_mean, policy_mean, spread, passed)
+
+
+def _base_loss(texts: Texts, passed: ThoughtPass, objective: ThoughtObjective) -> Float[Tensor, ""]:
+    if objective.base_after_thoughts:
+        return token_mean(-passed.base_log_probs.flatten(1), passed.is_talk.flatten(1))
+    return token_mean(-passed.text_log_probs, can_follow(texts)[:, :-1])
 
 
 def is_valid(passed: ThoughtPass) -> Bool[Tensor, "N A"]:

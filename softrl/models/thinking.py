@@ -195,6 +195,11 @@ def _mean_embedding(policy: Policy) -> Float[Tensor, "D"]:
     return vectors.float().mean(0).to(vectors.dtype)
 
 
+def is_thinking_folder(name: str | Path) -> bool:
+    """Whether a name is a folder that holds a model that thinks."""
+    return (Path(name) / _SETTINGS).is_file()
+
+
 def load_thinking_config(folder: str | Path) -> ThinkingConfig:
     """How the model in a folder thinks.
 
@@ -202,7 +207,7 @@ def load_thinking_config(folder: str | Path) -> ThinkingConfig:
         ValueError: it holds no model that thinks, or settings that this version does not know.
     """
     path = Path(folder) / _SETTINGS
-    if not path.is_file():
+    if not is_thinking_folder(folder):
         raise ValueError(
             f"{folder} holds no model that thinks ({_SETTINGS} is missing); pass a folder that QuietSTaRTrainer or "
             "ThinkingLM.save_pretrained wrote"

@@ -7,8 +7,8 @@ Source: Zelikman et al. (2024), Quiet-STaR, arXiv:2403.09629; softrl maths, sect
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -107,6 +107,17 @@ def thought_rollout(
         return Thoughts(anchors, is_anchor, *_nothing(shape, anchors, model.start))
     support = Support.stacked(steps).mapped(lambda value: value.unflatten(0, shape))
     return Thoughts(anchors, is_anchor, support, torch.stack(weights, 1).unflatten(0, shape))
+
+
+def joined_thoughts(first: Thoughts, second: Thoughts) -> Thoughts:
+    """Two sets of thoughts after the same tokens as one, S = S_1 + S_2."""
+    fed = torch.cat([first.fed, second.fed], 2)
+    columns = {
+        field.name: (getattr(first.support, field.name), getattr(second.support, field.name))
+        for field in fields(Support)
+    }
+    values: dict[str, Any] = {name: None if pair[0] is None else torch.cat(pair, 2) for name, pair in columns.items()}
+    return Thoughts(first.anchors, first.is_anchor, Support(**values), fed)
 
 
 def check_anchors(texts: Texts, anchors: Int[Tensor, "N A"], is_anchor: Bool[Tensor, "N A"]) -> None:

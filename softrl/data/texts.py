@@ -1,0 +1,89 @@
+"""Plain text to learn thinking from: data-set rows as padded token ids.
+
+The format: a column `text`, or `input_ids` where the text has been tokenised; with `think_at="given"` also `anchors`,
+the tokens of each row to think after, counted from 0.
+"""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from softrl.types import Texts
+
+INDEX_COLUMN, ANCHOR_COLUMN = "text_index", "anchors"
+
+
+def text_rows(
+    dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, needs_anchors: bool
+) -> Dataset:
+    """Rows of token ids with their index, from which a row's random numbers are keyed.
+
+    Args:
+        dataset: columns as above; others are left out.
+        name: of the argument, for errors.
+        tokenizer: for a column `text`; None does for `input_ids`.
+        max_length: rows lose what is longer, in tokens, and anchors in it.
+        needs_anchors: whether the column `anchors` is read.
+    Raises:
+        TypeError: not a `datasets.Dataset`.
+        ValueError: no rows, a missing column, no tokenizer for texts, or a row of fewer than two tokens.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}; of a stream take rows first: "
+            "Dataset.from_list(list(stream.take(n)))"
+        )
+    columns = dataset.column_names
+    if len(dataset) == 0 or not {"text", "input_ids"} & set(columns):
+        raise ValueError(
+            f"{name} needs at least one row and a column `text` or `input_ids`; it has {len(dataset)} rows and the "
+            f"columns {columns}"
+        )
+    if needs_anchors and ANCHOR_COLUMN not in columns:
+        raise ValueError(
+            f"{name} has no column {ANCHOR_COLUMN!r}, which think_at='given' reads; it has {columns}. It lists the "
+            "tokens of each row to think after, counted from 0"
+        )
+    if "input_ids" not in columns and tokenizer is None:
+        raise ValueError(f"{name} has a column `text` and there is no tokenizer; pass processing_class")
+    rows = [_row(row, index, name, tokenizer, max_length, needs_anchors) for index, row in enumerate(dataset)]
+    return Dataset.from_list(rows)
+
+
+def _row(
+    row: dict[str, Any],
+    index: int,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+    needs_anchors: bool,
+) -> dict[str, Any]:
+    ids = row.get("input_ids")
+    if ids is None:
+        assert tokenizer is not None
+        ids = tokenizer(row["text"]).input_ids
+    ids = list(ids)[:max_length]
+    if len(ids) < 2:
+        raise ValueError(
+            f"{name}, row {index}: a text of {len(ids)} tokens has none to predict; leave out what is shorter than two"
+        )
+    made = {"input_ids": ids, INDEX_COLUMN: index}
+    if needs_anchors:
+        inside = [anchor for anchor in row[ANCHOR_COLUMN] if anchor < len(ids) - 1]
+        if not inside or min(inside) < 0:
+            raise ValueError(
+                f"{name}, row {index}: {ANCHOR_COLUMN}={row[ANCHOR_COLUMN]} holds no token of {len(ids)} that another "
+                "one follows, or one below 0; count from 0, within max_length"
+            )
+        made[ANCHOR_COLUMN] = inside
+    return made
+
+
+def padded_texts(rows: list[dict[str, Any]], device: torch.device) -> Texts:
+    """Rows of token ids, padded on the right (with id 0, which nothing sees)."""
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows], device=device)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=device)
+    return Texts(ids, torch.arange(length, device=device) < lengths[:, None])

@@ -1,0 +1,394 @@
+"""`QuietSTaRTrainer`: a language model learns to think before its next tokens. The maths is in `estimators.thoughts`.
+
+Left out: engines that shard parameters, which would have to gather the learned embeddings outside of any module.
+"""
+
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from softrl.assets import resolve_model
+from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN, padded_texts, text_rows
+from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, thought_loss
+from softrl.models.policy import check_policy, evaluating, evaluation_mode
+from softrl.models.thinking import ThinkingLM, is_thinking_folder
+from softrl.rollouts.anchors import Anchors, by_entropy, every_kth, given
+from softrl.rollouts.thoughts import joined_thoughts, thought_embeds, thought_pass, thought_rollout
+from softrl.tokens.noise import SequenceRandom, sequence_seed
+from softrl.trainers._bridge import BaseTrainer, ForwardRedirection
+from softrl.trainers.batches import as_rows
+from softrl.trainers.checkpoints import CheckpointMixin
+from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
+from softrl.trainers.loading import load_model, load_tokenizer, model_name, with_adapter, without_adapters
+from softrl.trainers.metrics import MetricLog
+from softrl.trainers.model_card import CITATION
+from softrl.trainers.quietstar_config import QuietSTaRConfig
+from softrl.trainers.step_guard import StepGuardMixin
+from softrl.trainers.thought_evaluation import ThoughtSample, measure_thoughts, summary
+from softrl.types import Texts, Thoughts
+
+_DRAWS = 1  # of a text's random streams: 0 thinks, this one is for rules that draw
+
+
+class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
+    """
+    Trainer that teaches a causal language model to think before its next tokens, on plain text.
+
+    With respect to `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`,
+    `training_step` (timing only), `compute_loss`, `create_optimizer` (a learning rate of its own for what thinking
+    adds), `get_eval_dataloader`, `evaluation_loop`, `log`, `_save`, `_load_from_checkpoint` and `_load_best_model`.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from softrl.trainers import QuietSTaRTrainer
+
+    >>> trainer = QuietSTaRTrainer(
+    ...     model="smollm2-135m",
+    ...     train_dataset=Dataset.from_dict({"text": ["The film is long.", "I went to see it."]}),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`ThinkingLM`]):
+            What learns to think: a name (hub, local folder, or `"smollm2-135m"`), a causal LM, a PEFT model around
+            one, or a model that thinks already; a folder that holds such a one is loaded with its thoughts.
+        args ([`QuietSTaRConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]):
+            Plain text, see [`~softrl.data.texts`]; of the latter several by name, too.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. If `None`, it is loaded from the model's name.
+        callbacks, optimizers:
+            As in [`~transformers.Trainer`].
+        quantization_config, peft_config:
+            As in [`~trl.SFTTrainer`].
+    """
+
+    loss_is_scaled_for_ga = False  # the loss is a mean over this micro-batch
+    _tag_names = ("trl", "softrl", "quiet-star")
+    _name = "QuietSTaR"
+    _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel | ThinkingLM",
+        args: QuietSTaRConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            args = QuietSTaRConfig(f"{model_name(model)}-{self._name}")
+        tokenizer = load_tokenizer(model, args) if processing_class is None else processing_class
+        needs_anchors = args.think_at == "given"
+        rows = partial(text_rows, tokenizer=tokenizer, max_length=args.max_length, needs_anchors=needs_anchors)
+        self._rows = rows
+        if train_dataset is not None:
+            train_dataset = rows(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = rows(eval_dataset, "eval_dataset")
+        set_seed(args.seed)  # adapters and the mixing head are initialised at random
+        thinking = thinking_model(model, args, quantization_config, peft_config)
+        check_policy(thinking.talk)
+        top_k = min(args.top_k, thinking.policy.vocab_size)
+        self.relaxation = args.make_relaxation(top_k) if args.is_soft else None
+        self.objective = args.objective(self.relaxation)
+        self.prior = frozen_prior(thinking) if args.needs_prior else None
+        self._redirect = ForwardRedirection()
+        self._metrics = MetricLog()
+        self._engine_is_checked = False
+        self.last_evaluation: list[ThoughtSample] = []
+        super().__init__(
+            model=thinking,
+            args=args,
+            data_collator=as_rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_engine(self.accelerator)
+        if shards_parameters(self.accelerator):
+            raise ValueError(
+                f"QuietSTaRTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} "
+                "here shards parameters, and the learned embeddings of thoughts lie outside of any module's call"
+            )
+        if self.is_deepspeed_enabled and args.is_soft:
+            raise ValueError("estimator='soft' differentiates a pass twice, which DeepSpeed does not allow; use DDP")
+        if self.prior is not None:
+            self.prior.to(self.accelerator.device)
+        self.model_accepts_loss_kwargs = False
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", INDEX_COLUMN, ANCHOR_COLUMN]
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, Dataset) and INDEX_COLUMN not in eval_dataset.column_names:
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return inputs
+
+    def anchors(self, model: ThinkingLM, texts: Texts, rows: list[dict[str, Any]], offset: int = 0) -> Anchors:
+        """Where to think about these texts."""
+        args = self.args
+        if args.think_at == "given":
+            return given(texts, [row[ANCHOR_COLUMN] for row in rows])
+        if args.think_at == "entropy":
+            return by_entropy(model.talk, texts, args.think_count)
+        return every_kth(texts, args.think_every, offset)
+
+    # Training
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._engine_is_checked:
+            check_wrapped(self.accelerator, model)
+            self._engine_is_checked = True
+        with self._metrics.timed_step():
+            return super().training_step(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: list[dict[str, Any]],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        unwrapped = self.accelerator.unwrap_model(model)
+        length = self._follow_curriculum(unwrapped)
+        texts = padded_texts(inputs, self.accelerator.device)
+        evaluation_mode(unwrapped)
+        with self._metrics.timed("thoughts"), self.accelerator.autocast():
+            where = self.anchors(unwrapped, texts, inputs, offset=self.state.global_step)
+            thoughts = self._think(unwrapped, texts, where, inputs)
+        with self.accelerator.autocast():
+            extras = self._extras(unwrapped, texts, thoughts, inputs)
+            output = self._redirect(model, unwrapped, self._loss, texts, thoughts, extras)
+        self._record(thoughts, output, texts, length)
+        return output.loss
+
+    def _loss(self, texts: Texts, thoughts: Thoughts, extras: ThoughtExtras) -> ThoughtLoss:
+        model = self.accelerator.unwrap_model(self.model)
+        return thought_loss(model, texts, thoughts, self.objective, extras)
+
+    def _follow_curriculum(self, model: ThinkingLM) -> int:
+        length = int(self.args.lengths.at(self.state.global_step, max(self.state.max_steps, 1)))
+        for each in (model, self.prior):
+            if each is not None:
+                each.thinking = replace(each.thinking, n_thought=length)
+        return length
+
+    def _random(self, rows: list[dict[str, Any]], numbers: int, *stream: int) -> SequenceRandom:
+        """A stream a text, keyed by seed, step and text."""
+        key = (self.args.seed, self.state.global_step)
+        seeds = [sequence_seed(*key, row[INDEX_COLUMN], *stream) for row in rows]
+        return SequenceRandom(seeds, self.accelerator.device, rows=numbers)
+
+    def _think(self, model: ThinkingLM, texts: Texts, where: Anchors, rows: list[dict[str, Any]]) -> Thoughts:
+        args, made = self.args, []
+        counts = {"policy": args.num_thoughts, "prior": 0}
+        if self.prior is not None and args.proposal != "policy":
+            counts["prior"] = args.num_thoughts // (2 if args.proposal == "mixture" else 1)
+            counts["policy"] = args.num_thoughts - counts["prior"]
+        for stream, (name, count) in enumerate(counts.items()):
+            if count:
+                thinker = model if name == "policy" else self.prior
+                random = self._random(rows, where[0].shape[1] * count, *([2 * stream] if stream else []))
+                relaxation = self.relaxation if args.thoughts == "policy" else None
+                made.append(
+                    thought_rollout(
+                        thinker, texts, *where, random, count, args.thoughts, relaxation, args.branch_attention
+                    )
+                )
+        return made[0] if len(made) == 1 else joined_thoughts(*made)
+
+    @torch.no_grad()
+    def _extras(
+        self, model: ThinkingLM, texts: Texts, thoughts: Thoughts, rows: list[dict[str, Any]]
+    ) -> ThoughtExtras:
+        args, shape = self.args, thoughts.fed.shape[:3]
+        proposal = prior = uniforms = None
+        if self.prior is not None:
+            prior = self._log_probs(self.prior, texts, thoughts)
+            if args.proposal != "policy":
+                proposal = log_proposal(self._log_probs(model, texts, thoughts), prior, args.proposal)
+        if args.estimator == "trice":
+            random = self._random(rows, shape[1] * shape[2], _DRAWS)
+            uniforms = random.exponential(1, torch.float32).neg().exp().view(shape)
+        return ThoughtExtras(proposal, prior if args.relative_to_prior else None, uniforms=uniforms)
+
+    def _log_probs(self, model: ThinkingLM, texts: Texts, thoughts: Thoughts) -> Tensor:
+        """log π of whole thoughts under another model than that which is trained, or without a graph."""
+        with evaluating(model):
+            embeds = thought_embeds(model, thoughts, "policy")
+            return thought_pass(model, texts, thoughts, 1, embeds, self.args.branch_attention).log_probs.sum(-1)
+
+    @torch.no_grad()
+    def _record(self, thoughts: Thoughts, output: ThoughtLoss, texts: Texts, length: int) -> None:
+        passed = output.passed
+        valid = passed.is_talk[..., 0]
+        talk, base = passed.talk_log_probs[..., 0], passed.base_log_probs[..., 0]
+        values = {
+            "loss/base": output.base, "loss/talk": output.talk, "loss/policy": output.policy,
+            "nll": -talk.mean(-1)[valid].mean(), "base_nll": -base[valid].mean(),
+            "reward": passed.rewards.mean(-1)[valid].mean(),
+            "reward_std": passed.rewards.std(-1, unbiased=False)[valid].mean(),
+            "mixing": passed.mixing[..., 0].mean(-1)[valid].mean(),
+        }  # fmt: skip
+        if thoughts.length:
+            values["thought_log_prob"] = passed.log_probs.mean((-2, -1))[valid].mean()
+        if self.args.entropy_weight > 0.0:
+            values["entropy"] = output.entropy
+        gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()])[None]).mean(0)
+        logged = dict(zip(values, gathered.tolist(), strict=True))
+        if not self.args.lengths.is_constant:
+            logged["n_thought"] = float(length)
+        self._metrics.add(logged)
+        tokens = self.accelerator.gather(texts.mask.sum()[None]).sum()
+        self.state.num_input_tokens_seen += int(tokens)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        rate = self.args.thinking_learning_rate
+        if rate is None or any(group.get("name") == "thinking" for group in optimizer.param_groups):
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        own = {id(parameter): parameter for name, parameter in named if not name.startswith("lm.")}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        optimizer.add_param_group({"params": list(own.values()), "lr": rate, "weight_decay": 0.0, "name": "thinking"})
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._metrics:
+            averages = self._metrics.drained(self.args.gradient_accumulation_steps, "update")
+            logs = {**logs, **averages, "num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Thoughts about every text, with the same random streams every time; NLL of the tokens after them."""
+        model, found = self.accelerator.unwrap_model(self.model), []
+        for rows in dataloader:
+            found += gather_object(self.measure(model, rows))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        by_index = {sample.text_index: sample for sample in found}  # ranks may be padded with repeated rows
+        self.last_evaluation = [by_index[index] for index in sorted(by_index)]
+        metrics = summary(self.last_evaluation)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(self.last_evaluation),
+        )
+
+    def measure(self, model: ThinkingLM, rows: list[dict[str, Any]]) -> list[ThoughtSample]:
+        """Think about rows of an evaluation set and score what follows."""
+        args, texts = self.args, padded_texts(rows, self.accelerator.device)
+        relaxation = self.relaxation if args.thoughts == "policy" else None
+        with evaluating(model), self.accelerator.autocast():
+            where = self.anchors(model, texts, rows)
+            indices = [row[INDEX_COLUMN] for row in rows]
+            return measure_thoughts(
+                model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed
+            )
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        of_lm = None
+        if state_dict is not None:
+            of_lm = {name[3:]: value for name, value in state_dict.items() if name.startswith("lm.")}
+        model.save_pretrained(folder, of_lm)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        thinking = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(thinking.lm, PeftModel):
+            set_peft_model_state_dict(thinking.lm, load_peft_weights(resume_from_checkpoint))
+        else:
+            dtype = next(thinking.lm.parameters()).dtype
+            loaded = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=dtype)
+            thinking.lm.load_state_dict(loaded.state_dict())
+        thinking.load_own_state(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def thinking_model(
+    model: "str | PreTrainedModel | PeftModel | ThinkingLM",
+    args: QuietSTaRConfig,
+    quantization_config: Any = None,
+    peft_config: PeftConfig | None = None,
+) -> ThinkingLM:
+    """What a trainer trains: a model that thinks already, or one that is taught to by `args`.
+
+    Raises:
+        ValueError: an adapter for a model that thinks already, or a partition objective for one without its head.
+    """
+    if isinstance(model, str) and is_thinking_folder(resolve_model(model)):
+        settings = {"dtype": "float32", **(args.model_init_kwargs or {})}
+        model = ThinkingLM.from_pretrained(resolve_model(model), is_trainable=True, **settings)
+    if isinstance(model, ThinkingLM):
+        if peft_config is not None:
+            raise ValueError("peft_config is given, but model thinks already; wrap its lm before you make it think")
+        if args.estimator == "partition_learned" and model.log_z is None:
+            raise ValueError(
+                "estimator='partition_learned' needs a model with a head for log Z, and this one has none; make it "
+                "with ThinkingLM(lm, config, learns_log_z=True), or use 'partition'"
+            )
+        return model
+    lm = with_adapter(load_model(model, args, quantization_config), peft_config)
+    return ThinkingLM(lm, args.thinking_config(), learns_log_z=args.estimator == "partition_learned")
+
+
+def frozen_prior(model: ThinkingLM) -> ThinkingLM:
+    """The model as it is now: a copy, or, with adapters, the same base with the adapters off."""
+    if not isinstance(model.lm, PeftModel):
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    prior = ThinkingLM(model.lm, model.thinking)
+    prior.load_state_dict(copy.deepcopy(model.own_state()), strict=False)
+    for policy in (prior.policy, prior.talk):
+        policy.context = partial(without_adapters, model.lm)
+    return prior
