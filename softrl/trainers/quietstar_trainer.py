@@ -98,7 +98,9 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
     ):
         if args is None:
             args = QuietSTaRConfig(f"{model_name(model)}-{self._name}")
-        tokenizer = load_tokenizer(model, args) if processing_class is None else processing_class
+        tokenizer = processing_class
+        if tokenizer is None and model_name(model):  # rows of token ids need none
+            tokenizer = load_tokenizer(model, args)
         needs_anchors = args.think_at == "given"
         rows = partial(text_rows, tokenizer=tokenizer, max_length=args.max_length, needs_anchors=needs_anchors)
         self._rows = rows
