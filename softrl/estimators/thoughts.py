@@ -18,8 +18,8 @@ from softrl.masking import token_mean
 from softrl.models.branches import BranchAttention
 from softrl.models.thinking import ThinkingLM
 from softrl.rewards.surrogate import RewardSurrogate
-from softrl.rollouts.anchors import can_follow
-from softrl.rollouts.thoughts import ThoughtPass, ThoughtSource, thought_embeds, thought_pass
+from softrl.rollouts.anchors import Anchors, can_follow
+from softrl.rollouts.thoughts import ThoughtPass, ThoughtSource, text_log_probs, thought_embeds, thought_pass
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Texts, Thoughts
 
@@ -132,6 +132,26 @@ def thought_loss(
     if with_entropy:
         loss = loss - objective.entropy_weight * spread
     return ThoughtLoss(loss, base, talk_mean, policy_mean, spread, passed, embeds.detach())
+
+
+def text_loss(
+    model: ThinkingLM, texts: Texts, anchors: Anchors, after_thoughts_only: bool
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N T-1"]]:
+    """The base part alone, of a model that does not think, and log p of tokens 2..T.
+
+    Args:
+        anchors: where it would think.
+        after_thoughts_only: count only the tokens that follow those.
+    """
+    log_probs, _ = text_log_probs(model, texts)
+    counted = can_follow(texts)[:, :-1]
+    if after_thoughts_only:
+        where, is_anchor = anchors
+        chosen = torch.zeros_like(texts.mask).scatter(1, where, is_anchor)
+        # Rows that are filled up repeat their first anchor, which the scatter may have unmarked.
+        chosen[torch.arange(len(where)), where[:, 0]] = is_anchor[:, 0]
+        counted = counted & chosen[:, :-1]
+    return token_mean(-log_probs, counted), log_probs
 
 
 def _base_loss(texts: Texts, passed: ThoughtPass, objective: ThoughtObjective) -> Float[Tensor, ""]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN, padded_texts, text_rows
-from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, thought_loss
+from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, text_loss, thought_loss
 from softrl.models.policy import check_policy, evaluating, evaluation_mode
 from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.anchors import Anchors, by_entropy, every_kth, given
@@ -33,7 +33,7 @@ from softrl.trainers.model_card import CITATION
 from softrl.trainers.quietstar_config import QuietSTaRConfig
 from softrl.trainers.step_guard import StepGuardMixin
 from softrl.trainers.thinking_model import ThinkingModelMixin, frozen_prior, thinking_model
-from softrl.trainers.thought_evaluation import ThoughtSample, measure_thoughts, summary
+from softrl.trainers.thought_evaluation import ThoughtSample, measure_texts, measure_thoughts, summary
 from softrl.trainers.thought_surrogate import SurrogateFit
 from softrl.types import Texts, Thoughts
 
@@ -188,6 +188,8 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         length = self._follow_curriculum(unwrapped)
         texts = padded_texts(inputs, self.accelerator.device)
         evaluation_mode(unwrapped)
+        if not self.args.thinks:
+            return self._loss_without_thoughts(model, texts, inputs)
         with self._metrics.timed("thoughts"), self.accelerator.autocast():
             where = self.anchors(unwrapped, texts, inputs, offset=self.state.global_step)
             thoughts = self._think(unwrapped, texts, where, inputs)
@@ -203,6 +205,19 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
     def _loss(self, texts: Texts, thoughts: Thoughts, extras: ThoughtExtras) -> ThoughtLoss:
         model = self.accelerator.unwrap_model(self.model)
         return thought_loss(model, texts, thoughts, self.objective, extras)
+
+    def _loss_without_thoughts(self, model: nn.Module, texts: Texts, rows: list[dict[str, Any]]) -> Tensor:
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            where = self.anchors(unwrapped, texts, rows, offset=self.state.global_step)
+            settings = (unwrapped, texts, where, self.objective.base_after_thoughts)
+            loss, _ = self._redirect(model, unwrapped, text_loss, *settings)
+        self._metrics.add({"base_nll": self.accelerator.gather(loss.detach()[None]).mean().item()})
+        self._count_tokens(texts)
+        return loss
+
+    def _count_tokens(self, texts: Texts) -> None:
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(texts.mask.sum()[None]).sum())
 
     def _follow_curriculum(self, model: ThinkingLM) -> int:
         length = int(self.args.lengths.at(self.state.global_step, max(self.state.max_steps, 1)))
@@ -278,8 +293,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         if not self.args.lengths.is_constant:
             logged["n_thought"] = float(length)
         self._metrics.add(logged)
-        tokens = self.accelerator.gather(texts.mask.sum()[None]).sum()
-        self.state.num_input_tokens_seen += int(tokens)
+        self._count_tokens(texts)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -331,6 +345,8 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         with evaluating(model), self.accelerator.autocast():
             where = self.anchors(model, texts, rows)
             indices = [row[INDEX_COLUMN] for row in rows]
+            if not args.thinks:
+                return measure_texts(model, texts, indices, where)
             return measure_thoughts(
                 model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed
             )
