@@ -19,6 +19,7 @@ from softrl.trainers.precision import bf16_by_default
 
 SOFT = "soft"
 ThinkAt = Literal["every", "entropy", "given"]
+ThoughtsFed = Literal["policy", "random", "pause", "none"]
 Proposal = Literal["policy", "prior", "mixture"]
 
 
@@ -223,7 +224,7 @@ class QuietSTaRConfig(BaseConfig):
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must leave a token to predict, so be at least 2, got {self.max_length}")
         choices = {
-            "think_at": get_args(ThinkAt), "thoughts": ("policy", "random", "pause", "none"), "proposal": get_args(Proposal),
+            "think_at": get_args(ThinkAt), "thoughts": get_args(ThoughtsFed), "proposal": get_args(Proposal),
             "branch_attention": get_args(BranchAttention), "base_tokens": ("all", "thought"),
             "estimator": (SOFT, *THOUGHT_RULES),
         }  # fmt: skip
@@ -257,7 +258,12 @@ class QuietSTaRConfig(BaseConfig):
     @property
     def needs_prior(self) -> bool:
         """Whether the model as it was at the start is kept."""
-        return self.proposal != "policy" or self.relative_to_prior
+        return self.proposal != "policy" or self.scores_by_prior
+
+    @property
+    def scores_by_prior(self) -> bool:
+        """Whether thoughts are scored relative to that; noise contrastive alignment always does."""
+        return self.relative_to_prior or self.estimator == "nca"
 
     @property
     def lengths(self) -> Schedule:

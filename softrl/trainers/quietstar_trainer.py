@@ -264,7 +264,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
             random = self._random(rows, shape[1] * shape[2], _DRAWS)
             uniforms = random.exponential(1, torch.float32).neg().exp().view(shape)
         surrogate = None if self.surrogate is None else self.surrogate.surrogate
-        return ThoughtExtras(proposal, prior if args.relative_to_prior else None, uniforms, surrogate)
+        return ThoughtExtras(proposal, prior if args.scores_by_prior else None, uniforms, surrogate)
 
     def _log_probs(self, model: ThinkingLM, texts: Texts, thoughts: Thoughts) -> Tensor:
         """log π of whole thoughts under another model than that which is trained, or without a graph."""
