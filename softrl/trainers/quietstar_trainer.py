@@ -122,6 +122,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         self._metrics = MetricLog()
         self._engine_is_checked = False
         self.last_evaluation: list[ThoughtSample] = []
+        self.thoughts_sampled = 0  # by this process since it began
         super().__init__(
             model=thinking,
             args=args,
@@ -196,6 +197,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         with self.accelerator.autocast():
             extras = self._extras(unwrapped, texts, thoughts, inputs)
             output = self._redirect(model, unwrapped, self._loss, texts, thoughts, extras)
+        self.thoughts_sampled += int(thoughts.is_anchor.sum()) * thoughts.num_samples
         self._record(thoughts, output, texts, length)
         if self.surrogate is not None and thoughts.length:
             with self._metrics.timed("surrogate"):
