@@ -1,4 +1,4 @@
-"""Softmax attention of many branches over a text that they share and over their own tokens, without copies of the text.
+"""Softmax attention of many branches over a text that they share and over their own tokens, without copying the text.
 
 Scores are not kept for the backward pass, which computes them again from the log-sum-exp, block by block: memory is
 that of queries, keys and outputs, as in fused attention. Plain matrix products, so that it runs on any device.
@@ -148,8 +148,6 @@ def _on_text(rows: Float[Tensor, "N J l rows a"], matrix: Float[Tensor, "N J a b
     return (rows.flatten(2, 3) @ matrix).unflatten(2, rows.shape[2:4])
 
 
-def _of_text(
-    left: Float[Tensor, "N J l rows a"], right: Float[Tensor, "N J l rows b"]
-) -> Float[Tensor, "N J a b"]:
+def _of_text(left: Float[Tensor, "N J l rows a"], right: Float[Tensor, "N J l rows b"]) -> Float[Tensor, "N J a b"]:
     """`leftᵀ right`, summed over the rows of all branches."""
     return left.flatten(2, 3).mT @ right.flatten(2, 3)

@@ -92,6 +92,8 @@ class _SharedBranches(Branches):
     def attend(self, index: int, query: Float[Tensor, "N H M d"], scaling: float) -> Float[Tensor, "N M H d"]:
         """Attention of layer `index`: queries of all branches, M = L * S, on the texts' keys and on their own."""
         self.calls += 1
+        if index >= len(self.layers):
+            raise ValueError(f"layer {index} attends to keys of another layer; pass attention='naive'")
         layer = self.layers[index]
         texts = layer.texts
         assert layer.keys is not None
