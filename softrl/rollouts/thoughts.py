@@ -88,30 +88,55 @@ def thought_rollout(
             f"random: expected {len(anchors)} streams of {rows} rows (anchors * samples), got {len(random)} of "
             f"{random.rows}"
         )
+    with evaluating(model):
+        each = anchors.repeat_interleave(num_samples, 1)
+        branches = _branches(model, texts, each, attention, 1 + model.thinking.n_thought)[1]
+        steps, weights, _ = think(model, branches, (len(anchors), rows), random, None, source, relaxation)
+    shape = (*anchors.shape, num_samples)
+    if not steps:
+        return Thoughts(anchors, is_anchor, *_nothing(shape, anchors, model.start))
+    support = Support.stacked(steps).mapped(lambda value: value.unflatten(0, shape))
+    return Thoughts(anchors, is_anchor, support, torch.stack(weights, 1).unflatten(0, shape))
+
+
+def think(
+    model: ThinkingLM,
+    branches: Branches,
+    shape: tuple[int, int],
+    random: SequenceRandom,
+    num_tokens: int | None = None,
+    source: ThoughtSource = "policy",
+    relaxation: Relaxation | None = None,
+) -> tuple[list[Support], list[Float[Tensor, "M K"]], Float[Tensor, "N L 1 D"]]:
+    """Think on branches that have been fed nothing yet; called without gradients, in evaluation mode.
+
+    Args:
+        model, source, relaxation: see `thought_rollout`.
+        branches: L of each of N texts, M = N * L.
+        shape: N and L.
+        random: M rows together.
+        num_tokens: of a thought; None for the model's own number.
+    Returns:
+        A support and fed weights for every thought token, and an embedding that is still to be fed: the last token's.
+    Raises:
+        ValueError: a relaxation of what is not the policy's, or K larger than V.
+    """
     if relaxation is not None and source != "policy":
         raise ValueError(f"a relaxation makes the policy's own thoughts soft; with source={source!r} leave it out")
     if relaxation is not None:
         relaxation.truncation.check_vocabulary(model.policy.vocab_size)
     steps: list[Support] = []
     weights: list[Tensor] = []
-    policy = model.policy
-    with evaluating(model):
-        each = anchors.repeat_interleave(num_samples, 1)
-        branches = _branches(model, texts, each, attention, 1 + model.thinking.n_thought)[1]
-        embeds = model.start.expand(len(anchors), rows, 1, -1)
-        for _ in range(model.thinking.n_thought):
-            hidden = branches.advance(embeds)[:, :, -1]
-            support, fed = _thought_tokens(policy, hidden, source, relaxation, random)
-            embeds = policy.embed_soft(support.ids, fed).unflatten(0, (len(anchors), rows, 1))
-            if source == "pause":
-                embeds = model.pause.expand_as(embeds)
-            steps.append(support)
-            weights.append(fed)
-    shape = (*anchors.shape, num_samples)
-    if not steps:
-        return Thoughts(anchors, is_anchor, *_nothing(shape, anchors, model.start))
-    support = Support.stacked(steps).mapped(lambda value: value.unflatten(0, shape))
-    return Thoughts(anchors, is_anchor, support, torch.stack(weights, 1).unflatten(0, shape))
+    embeds = model.start.expand(*shape, 1, -1)
+    for _ in range(model.thinking.n_thought if num_tokens is None else num_tokens):
+        hidden = branches.advance(embeds)[:, :, -1]
+        support, fed = _thought_tokens(model.policy, hidden, source, relaxation, random)
+        embeds = model.policy.embed_soft(support.ids, fed).unflatten(0, (*shape, 1))
+        if source == "pause":
+            embeds = model.pause.expand_as(embeds)
+        steps.append(support)
+        weights.append(fed)
+    return steps, weights, embeds
 
 
 def joined_thoughts(first: Thoughts, second: Thoughts) -> Thoughts:
