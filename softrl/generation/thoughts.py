@@ -136,6 +136,8 @@ def generate_with_thoughts(
         ValueError: prompts that nothing can be generated from, K larger than V, more tokens than the model's context
             holds, or an architecture that the attention asked for cannot do.
     """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     thinking, next_token = thinking or Thinking(), next_token or NextToken()
     indices = list(range(len(prompts.ids))) if prompt_indices is None else prompt_indices
     keys = [(seed, index, sample) for index in indices for sample in range(num_samples)]
