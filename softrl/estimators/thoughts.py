@@ -125,7 +125,7 @@ def thought_loss(
     talk_mean = talk.sum() / passed.is_talk.sum().clamp(min=1)
     policy_mean = policy.sum() / max(len(policy), 1)
     thinking = thoughts.is_anchor[..., None, None].expand(passed.entropy.shape)
-    spread = token_mean(passed.entropy, thinking)
+    spread = token_mean(passed.entropy.flatten(1), thinking.flatten(1))
     loss = objective.base_weight * base + objective.talk_weight * talk_mean
     if objective.teaches_thoughts:
         loss = loss + objective.policy_weight * policy_mean
@@ -136,8 +136,8 @@ def thought_loss(
 
 def text_loss(
     model: ThinkingLM, texts: Texts, anchors: Anchors, after_thoughts_only: bool
-) -> tuple[Float[Tensor, ""], Float[Tensor, "N T-1"]]:
-    """The base part alone, of a model that does not think, and log p of tokens 2..T.
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N t"]]:
+    """The base part alone, of a model that does not think, and log p of tokens 2..T, t = T - 1.
 
     Args:
         anchors: where it would think.

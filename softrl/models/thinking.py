@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -174,17 +175,24 @@ class ThinkingLM(nn.Module):
             lm = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=is_trainable, **settings)
         else:
             lm = AutoModelForCausalLM.from_pretrained(folder, **settings)
-        state = load_file(folder / _WEIGHTS)
+        state = _own_tensors(folder)
         model = cls(lm, config, learns_log_z=any(name.startswith("log_z.") for name in state))
         model.load_own_state(folder)
         return model
 
     def load_own_state(self, folder: str | Path) -> None:
         """Read the tensors beside the LM's from a folder that `save_pretrained` wrote."""
-        missing, unexpected = self.load_state_dict(load_file(Path(folder) / _WEIGHTS), strict=False)
+        missing, unexpected = self.load_state_dict(_own_tensors(Path(folder)), strict=False)
         missing = [name for name in missing if not name.startswith("lm.")]
         if missing or unexpected:
             raise ValueError(f"{folder}/{_WEIGHTS} does not fit: it lacks {missing} and has {unexpected} besides")
+
+
+def _own_tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / _WEIGHTS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{folder / _WEIGHTS} cannot be read ({error}); copy it from where it was saved") from error
 
 
 @torch.no_grad()
