@@ -51,7 +51,7 @@ def shared_prefix_attention(
 
 
 def reach_of(visible: Bool[Tensor, "N L T"]) -> list[int]:
-    """For every branch how many slots, counted from the first, hold all that it sees in any of the texts; at least 1."""
+    """For every branch how many slots, counted from the first, hold all that it sees in any text; at least 1."""
     slots = torch.arange(1, visible.shape[-1] + 1, device=visible.device)
     return (visible.any(0) * slots).amax(-1).clamp(min=1).tolist()
 
