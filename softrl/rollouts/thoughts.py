@@ -8,7 +8,7 @@ Source: Zelikman et al. (2024), Quiet-STaR, arXiv:2403.09629; softrl maths, sect
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -82,6 +82,10 @@ def thought_rollout(
             larger than V, or more tokens than the model's context holds.
     """
     check_anchors(texts, anchors, is_anchor)
+    if source not in get_args(ThoughtSource):
+        raise ValueError(f"source must be one of {get_args(ThoughtSource)}, got {source!r}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     rows = anchors.shape[1] * num_samples
     if (len(random), random.rows) != (len(anchors), rows):
         raise ValueError(
