@@ -16,6 +16,9 @@ ones, where the symbols on the way are written between start and answer (`with_c
 A pair is one token because two would have to be bound together first, by another layer: with answers alone as the
 loss, two layers then take thousands of steps to learn a single hop, and one layer cannot.
 
+Text can also show its work: `worked_answers` has rows `... ?2 a : d b`, where the mark `:` is followed by the symbols
+on the way and then the answer. A model that has read both can learn to do unasked what such rows do in writing.
+
 Right by chance: an answer at random is right once in n times, whatever the kind; `best_guess_accuracy` has what start
 and hops alone allow. Networks without enough layers get further, by shortcuts: softrl/studies/LOG.md has how far.
 """
@@ -38,6 +41,7 @@ from softrl.data.vocabulary import listed_tokenizer
 Kind = Literal["cycle", "permutation", "function"]
 
 MIN_SYMBOLS, MAX_SYMBOLS = 5, len(string.ascii_lowercase)  # below five a split of cycles might be empty
+WORK_MARK = ":"
 _TEST_FRACTION = 0.2
 _SPLITS = {"train": False, "test": True}
 
@@ -58,7 +62,7 @@ def pointer_tokenizer(num_symbols: int, max_hops: int) -> PreTrainedTokenizerFas
     questions = [f"?{hops}" for hops in range(1, max_hops + 1)]
     symbols = string.ascii_lowercase[:num_symbols]
     pairs = [f"{key}>{value}" for key, value in itertools.product(symbols, repeat=2)]
-    return listed_tokenizer([*symbols, *questions, *pairs], WhitespaceSplit())
+    return listed_tokenizer([*symbols, *questions, *pairs, WORK_MARK], WhitespaceSplit())
 
 
 def pointer_chasing(
@@ -123,6 +127,24 @@ def with_chains(rows: Dataset) -> Dataset:
         )
     ]
     return Dataset.from_dict(columns)
+
+
+def worked_answers(tokenizer: PreTrainedTokenizerFast, questions: Dataset) -> Dataset:
+    """The same questions with their work shown: the mark, the symbols on the way, and the answer.
+
+    Args:
+        tokenizer: of `pointer_tokenizer`.
+        questions: of `pointer_chasing`.
+    Returns:
+        Columns `input_ids`, and `completion_mask`: 1 at what follows the mark.
+    """
+    mark = tokenizer.convert_tokens_to_ids(WORK_MARK)
+    rows = []
+    for row in questions:
+        work = [*row["chain_ids"], row["input_ids"][-1]]
+        asked = [*row["input_ids"][:-1], mark]
+        rows.append({"input_ids": asked + work, "completion_mask": [0] * len(asked) + [1] * len(work)})
+    return Dataset.from_list(rows)
 
 
 def best_guess_accuracy(num_symbols: int, hops: int, kind: Kind = "cycle") -> float:

@@ -117,6 +117,12 @@ class ThinkingLM(nn.Module):
         self.mixing = MixingHead(width, config.mixing_width or width, config.sigmoid).to(mean.device, dtype)
         self.log_z = ValueHead(width).to(mean.device, dtype) if learns_log_z else None
 
+    @torch.no_grad()
+    def start_like(self, ids: list[int], share: float = 1.0) -> None:
+        """Let thoughts start as after these tokens: `share` of their mean embedding in that which starts a thought."""
+        like = self.policy.embed(torch.tensor(ids, device=self.start.device)).mean(0)
+        self.start.lerp_(like.to(self.start.dtype), share)
+
     @property
     def config(self) -> Any:
         """The LM's configuration."""

@@ -40,6 +40,8 @@ class ThoughtStudyConfig:
         task_settings: of the task.
         model: settings of `small_llama`, or the name of a pretrained model.
         peft: settings of `LoraConfig` for a pretrained one; none trains all parameters.
+        pretrain: keys of `QuietSTaRConfig`, `max_steps` among them, for a start that all methods of a seed share: a
+            model that has learned the training rows without thinking. None: they start from `model`.
         common: keys of `QuietSTaRConfig` for every run.
         reference: the method that the report takes differences from; the first one by default.
         target_nll: the report says who reaches it after how many seconds and thoughts.
@@ -56,6 +58,7 @@ class ThoughtStudyConfig:
     task_settings: dict[str, Any] = field(default_factory=dict)
     model: Any = field(default_factory=dict)
     peft: dict[str, Any] | None = None
+    pretrain: dict[str, Any] | None = None
     common: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
     target_nll: float | None = None
@@ -92,12 +95,17 @@ class ThoughtRun:
     def path(self) -> Path:
         """Where its record lies: runs with other settings, task, model or budget have another name."""
         study = self.study
-        made_of = [
-            self.settings, study.task, study.task_settings, study.model, study.peft, study.max_seconds,
-            study.evaluate_every_seconds,
-        ]  # fmt: skip
+        made_of = [self.settings, *self._start, study.peft, study.max_seconds, study.evaluate_every_seconds]
         name = f"{slug(self.method.name)}-seed{self.seed}-{hashed(made_of)}.json"
         return Path(study.output_dir) / "runs" / name
+
+    def start_path(self) -> Path:
+        """Where the model lies that all methods of this seed start from."""
+        return Path(self.study.output_dir) / "starts" / f"seed{self.seed}-{hashed([*self._start, self.seed])}"
+
+    @property
+    def _start(self) -> list[Any]:
+        return [self.study.task, self.study.task_settings, self.study.model, self.study.pretrain]
 
 
 def load_config(path: Path, output_dir: str | None = None) -> ThoughtStudyConfig:
@@ -119,6 +127,12 @@ def load_config(path: Path, output_dir: str | None = None) -> ThoughtStudyConfig
         if not isinstance(given[name], int | float) or not given[name] > 0:
             raise ValueError(f"{path}: {name} must be a positive number of seconds, got {given[name]!r}")
     given["common"] = _settings(given.get("common") or {}, f"{path}, common")
+    if given.get("pretrain") is not None:
+        pretrain = dict(checked_mapping(given["pretrain"], f"{path}, pretrain"))
+        steps = pretrain.pop("max_steps", None)
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"{path}, pretrain: max_steps must be a positive integer, got {steps!r}")
+        given["pretrain"] = {**_settings(pretrain, f"{path}, pretrain"), "max_steps": steps}
     given["seeds"] = [int(seed) for seed in filled(given, "seeds", path)]
     given["methods"] = _methods(filled(given, "methods", path), path)
     names = [method.name for method in given["methods"]]

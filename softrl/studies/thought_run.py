@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from softrl.assets import resolve_model, write_atomically
+from softrl.assets import resolve_model, write_atomically, write_folder_atomically
 from softrl.models.small import small_llama
 from softrl.studies.compare_run import EvaluationPoints
 from softrl.studies.thought_config import ThoughtRun, ThoughtStudyConfig
@@ -70,6 +69,7 @@ class ThoughtStudy:
         for number, run in enumerate(missing):
             left = (len(missing) - number) * self.config.max_seconds / 60.0
             self.write(f"{run.method.name}, seed {run.seed}: {len(missing) - number} runs, {left:.0f} min to go")
+            make_start(run, self.task, self.write)
             record = measured(run, self.task, self.write)
             path = run.path()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,15 +141,37 @@ def measured(run: ThoughtRun, task: Task, write: Callable[[str], None]) -> Recor
 
 
 def make_trainer(run: ThoughtRun, task: Task, args: QuietSTaRConfig) -> QuietSTaRTrainer:
-    """The trainer of a run, its model made from the run's seed."""
+    """The trainer of a run, from the model that all methods of its seed start from."""
     study = run.study
-    set_seed(run.seed)
-    if isinstance(study.model, str):
-        model: Any = resolve_model(study.model)
-    else:
-        model = small_llama(task.tokenizer, seed=run.seed, **study.model)
     adapter = None if study.peft is None else LoraConfig(**study.peft)
+    model: Any = first_model(run, task) if study.pretrain is None else str(run.start_path())
     return QuietSTaRTrainer(model, args, task.train, task.test, processing_class=task.tokenizer, peft_config=adapter)
+
+
+def first_model(run: ThoughtRun, task: Task) -> Any:
+    """A pretrained model's name, or a small one with random weights."""
+    if isinstance(run.study.model, str):
+        return resolve_model(run.study.model)
+    return small_llama(task.tokenizer, seed=run.seed, **run.study.model)
+
+
+def make_start(run: ThoughtRun, task: Task, write: Callable[[str], None]) -> None:
+    """Train a seed's start without thoughts, unless it is there already."""
+    folder = run.start_path()
+    if run.study.pretrain is None or folder.is_dir():
+        return
+    write(f"seed {run.seed}: a start for all methods, {run.study.pretrain['max_steps']} steps without thoughts")
+    settings = {**run.study.common, **run.study.pretrain, "thoughts": "none", "estimator": "rloo", "seed": run.seed}
+    settings.pop("estimator_settings", None)
+    with TemporaryDirectory() as scratch:
+        trainer = QuietSTaRTrainer(
+            first_model(run, task), QuietSTaRConfig(**{"output_dir": scratch, **_QUIET, **settings}), task.train,
+            processing_class=task.tokenizer,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    with write_folder_atomically(folder) as temporary:
+        trainer.model.lm.save_pretrained(temporary)
 
 
 def measure(trainer: QuietSTaRTrainer) -> list[ThoughtSample]:
@@ -198,6 +220,6 @@ def shown_thoughts(samples: list[ThoughtSample], task: Task) -> list[Record]:
                 "base": shown["base"][index],
                 "mixed": shown["mixed"][index],
                 "mixing": shown["mixing"][index],
-            }  # fmt: skip
+            }
         )
     return rows
