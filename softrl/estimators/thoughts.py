@@ -29,8 +29,8 @@ class ThoughtObjective:
     """What is minimised: `b · base + t · talk + p · policy − h · entropy`.
 
     `base` is the NLL of all (counted) true tokens without thoughts, `talk` that of the n_talk tokens after each
-    thought, both means over tokens, nats. `policy` is the mean over anchors of the rule's losses, or minus the soft thoughts'
-    surrogate; a thought's reward is a sum over its tokens. `entropy` is the mean over thought tokens.
+    thought, both means over tokens, nats. `policy` is the mean over anchors of the rule's losses, or minus the soft
+    thoughts' surrogate; a thought's reward is a sum over its tokens. `entropy` is the mean over thought tokens.
 
     Args:
         n_talk: true tokens that a thought is scored by.
