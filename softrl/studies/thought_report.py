@@ -9,7 +9,7 @@ from softrl.studies.html import embedded, number, with_error, write_page
 from softrl.studies.tables import write_csv
 from softrl.studies.thought_config import ThoughtStudyConfig
 from softrl.studies.thought_figures import draw
-from softrl.studies.thought_tables import MethodRow, Record, finished, group_rows, last, method_rows
+from softrl.studies.thought_tables import MethodRow, Record, finished, group_rows, method_rows
 
 _BODY = """
 <p>{{ config.question }}</p>
@@ -21,8 +21,10 @@ _BODY = """
 <p class="note">Means over seeds ± one standard error. NLL: of held-out true tokens after thoughts, nats; "without":
 the same model's on the same tokens without thinking. Difference: to "{{ reference }}", seed by seed. Seconds and
 thoughts until the NLL was first below {{ target }} are medians over seeds; a dash: the median seed never got there.
-Controls are in italics in the recipe's sense: they do not learn what to think.</p>
-{{ figure(figures.curves, "NLL by seconds of training and by thoughts sampled; dashed: controls; bands: one standard error") }}
+Controls do not learn what to think.</p>
+{% if figures.curves is defined %}
+{{ figure(figures.curves, "NLL by seconds and by thoughts sampled; dashed: controls; bands: one standard error") }}
+{% endif %}
 {% if figures.positions is defined %}
 {{ figure(figures.positions, "Mixing weight and gain by position, means over seeds") }}
 {% endif %}
@@ -30,8 +32,8 @@ Controls are in italics in the recipe's sense: they do not learn what to think.<
 {{ table(["method", "difficulty", "NLL", "accuracy"], groups, 2) }}{% endif %}
 {% for name, thoughts in read %}
 <h2>Thoughts of “{{ name }}”</h2>
-<p class="note">Those that helped most first, then those that harmed most, of seed {{ first_seed }}. Gain: nats by which
-the true token became likelier.</p>
+<p class="note">Those that helped most first, then those that harmed most, of seed {{ first_seed }}. Gain: nats by
+which the true token became likelier.</p>
 {{ table(["before", "thought", "true token", "gain", "NLL without", "NLL with", "weight"], thoughts, 3) }}
 {% endfor %}
 {% if failed %}<h2>Runs that failed</h2>{{ table(["method", "seed", "why"], failed, 3) }}{% endif %}
@@ -41,6 +43,7 @@ _COLUMNS = [
     "seconds to target", "thoughts to target",
 ]  # fmt: skip
 _READ_AT_MOST = 4
+_SHOWN = ("base", "mixed", "mixing")
 
 
 def write_report(config: ThoughtStudyConfig, records: list[Record], command: str) -> Path:
@@ -91,12 +94,20 @@ def _error(row: MethodRow) -> float:
 
 def _cells(row: MethodRow) -> list[Any]:
     seconds, thoughts = row.seconds_to_target, row.thoughts_to_target
+    numbers = [with_error(*pair) for pair in (row.nll, row.base_nll, row.accuracy)]
     return [
-        row.method, "control" if row.is_control else "learns", f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else ""),
-        with_error(*row.nll), with_error(*row.base_nll), with_error(*row.accuracy), with_error(*row.against, signed=True),
-        number(row.mixing), f"{row.steps:,}", f"{row.thoughts:,}", f"{row.reached} of {row.seeds}",
-        number(seconds), "–" if thoughts is None else f"{thoughts:,.0f}",  # noqa: RUF001
-    ]  # fmt: skip
+        row.method,
+        "control" if row.is_control else "learns",
+        f"{row.seeds}, {row.failed} failed" if row.failed else row.seeds,
+        *numbers,
+        with_error(*row.against, signed=True),
+        number(row.mixing),
+        f"{row.steps:,}",
+        f"{row.thoughts:,}",
+        f"{row.reached} of {row.seeds}",
+        number(seconds),
+        "–" if thoughts is None else f"{thoughts:,.0f}",  # noqa: RUF001
+    ]
 
 
 def _group_cells(row: tuple[str, str, tuple[float, float], tuple[float, float]]) -> list[Any]:
@@ -110,22 +121,9 @@ def _read(records: list[Record], rows: list[MethodRow]) -> list[tuple[str, list[
     for row in gained[:_READ_AT_MOST]:
         run = next(record for record in finished(records) if record["method"] == row.method)
         cells = [
-            [
-                t["before"],
-                t["thought"],
-                t["next"],
-                f"{t['gain']:+.2f}",
-                number(t["base"]),
-                number(t["mixed"]),
-                number(t["mixing"]),
-            ]
+            [t["before"], t["thought"], t["next"], f"{t['gain']:+.2f}", *(number(t[key]) for key in _SHOWN)]
             for t in run["thoughts"]
         ]
         if cells:
             found.append((row.method, cells))
     return found
-
-
-def curve_ends(records: list[Record]) -> dict[str, float]:
-    """The last NLL of every finished run, by method and seed; for tests and notebooks."""
-    return {f"{record['method']}/{record['seed']}": last(record)["nll"] for record in finished(records)}
