@@ -9,6 +9,7 @@ from softrl.cli.arguments import (
     EMBEDDED_DATASETS,
     KEYWORDS_DATASET,
     RANKINGS_DATASET,
+    TEXTS_DATASET,
     WITHOUT_REWARDS,
     DataArguments,
     TrainArguments,
@@ -74,6 +75,7 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
             "text_gan": "TextGANTrainer",
             "reinforce_gan": "ReinforceGANTrainer",
             "listwise": "ListwisePreferenceTrainer",
+            "quietstar": "QuietSTaRTrainer",
         }
         trainer_class = getattr(trainers, ours[arguments.trainer])
         if arguments.trainer not in WITHOUT_REWARDS:
@@ -90,8 +92,8 @@ def _check_without_rewards(arguments: TrainArguments) -> None:
     for name, given in (("reward_funcs", arguments.reward_funcs), ("judge", arguments.judge)):
         if given not in ([], "none"):
             raise ValueError(
-                f"trainer={arguments.trainer!r} learns from completions that the data set has scored or ranked, and "
-                f"calls no {name}: got {given!r}. Leave it out; scores belong into the column 'rewards'"
+                f"trainer={arguments.trainer!r} learns from the data set alone and calls no {name}: got {given!r}. Leave "
+                "it out; scores of ranked completions belong into the column 'rewards'"
             )
 
 
@@ -158,12 +160,18 @@ def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
         score, longest = token_linear_judge(), arguments.reference_length_tokens or 24
         train, test = (review_rankings(tokenizer, count, score, longest, split) for split, count in counts.items())
         return train, test
+    if name == TEXTS_DATASET:
+        from softrl.data.reviews import load_reviews
+
+        parts = {"train": "reward", "test": "prompts"}
+        train, test = (load_reviews(parts[split]).select(range(count)) for split, count in counts.items())
+        return train.select_columns(["text"]), test.select_columns(["text"])
     from softrl.data.files import read_data_set
 
     splits = read_data_set(name, EMBEDDED_DATASETS)
     if Path(name).is_file():
         loaded = splits["train"]
-        if Path(name).suffix == ".txt":
+        if Path(name).suffix == ".txt" and getattr(arguments, "trainer", None) != "quietstar":
             loaded = loaded.rename_column("text", "prompt")
         if len(loaded) < 2:
             raise ValueError(f"dataset_name={name!r} has {len(loaded)} prompts; it needs two, one to hold out")
@@ -208,7 +216,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    from softrl.trainers import ListwisePreferenceConfig, RolloutConfig
+    from softrl.trainers import ListwisePreferenceConfig, QuietSTaRConfig, RolloutConfig
     from softrl.trainers.checkpoints import latest_checkpoint
 
     wanted = training_args.resume_from_checkpoint
@@ -219,7 +227,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder; pass one, or 'latest'")
         return str(wanted)
     folder = training_args.output_dir
-    ours = isinstance(training_args, RolloutConfig | ListwisePreferenceConfig)
+    ours = isinstance(training_args, RolloutConfig | ListwisePreferenceConfig | QuietSTaRConfig)
     newest = latest_checkpoint if ours else get_last_checkpoint  # TRL's have no list
     last = newest(folder) if Path(folder).is_dir() else None
     if last is None:

@@ -53,6 +53,10 @@ class ThinkingModelMixin:
             thinking.lm.load_state_dict(loaded.state_dict())
         thinking.load_own_state(resume_from_checkpoint)
 
+    def load_thinking(self, folder: str | Path) -> None:
+        """Put what a run of the same kind left in a folder into the model, in place."""
+        self._load_from_checkpoint(str(folder))
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
