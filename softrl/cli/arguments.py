@@ -30,14 +30,14 @@ class DataArguments:
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"review-openings"`):
-            `"review-openings"`, `"review-keywords"` (sentences to be written from their keywords) or
+            `"review-openings"`, `"review-keywords"` (sentences to be written from their keywords),
             `"review-rankings"` (four sentences that begin alike, scored by the token-linear classifier; the default of
-            `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"`), all embedded; a hub name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
-            .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
-            tokenizer's chat template (a text file has one prompt a line). Rewards and metrics that compare need a
-            column `reference`: a text, or a list of texts, as it would follow the prompt, its leading space included.
-            `"listwise"` needs `completions` and `rewards` or `ranking`, lists of equal length; `"quietstar"` reads
-            `text` or `input_ids`.
+            `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"`), all embedded; a hub name,
+            a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a `prompt`
+            column of texts or of conversations, which go through the tokenizer's chat template (a text file has one
+            prompt a line). Rewards and metrics that compare need a column `reference`: a text, or a list of texts, as
+            it would follow the prompt, its leading space included. `"listwise"` needs `completions` and `rewards` or
+            `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`.
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of a hub data set or folder.
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):

@@ -92,8 +92,8 @@ def _check_without_rewards(arguments: TrainArguments) -> None:
     for name, given in (("reward_funcs", arguments.reward_funcs), ("judge", arguments.judge)):
         if given not in ([], "none"):
             raise ValueError(
-                f"trainer={arguments.trainer!r} learns from the data set alone and calls no {name}: got {given!r}. Leave "
-                "it out; scores of ranked completions belong into the column 'rewards'"
+                f"trainer={arguments.trainer!r} learns from the data set alone and calls no {name}: got {given!r}. "
+                "Leave it out; scores of ranked completions belong into the column 'rewards'"
             )
 
 

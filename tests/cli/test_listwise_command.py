@@ -132,7 +132,7 @@ RANKED = [{"prompt": row["prompt"], "completions": row["completions"], "ranking"
 @pytest.mark.parametrize(
     ("rows", "extra", "message"),
     [
-        (ROWS, ["--reward_funcs", "sentiment"], "scored or ranked, and calls no reward_funcs: got ['sentiment']"),
+        (ROWS, ["--reward_funcs", "sentiment"], "alone and calls no reward_funcs: got ['sentiment']"),
         (ROWS, ["--judge", "sentiment"], "calls no judge: got 'sentiment'"),
         (ROWS, ["--config", "quickstart"], "calls no reward_funcs: got ['sentiment']"),
         (ROWS, ["--loss_type", "dpo"], "loss_type must be one of plackett_luce, listwise, one_winner, nca, partition"),
