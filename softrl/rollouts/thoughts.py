@@ -296,7 +296,7 @@ def thought_pass(
 def text_log_probs(
     model: ThinkingLM, texts: Texts, with_hits: bool = False
 ) -> tuple[Float[Tensor, "N t"], Bool[Tensor, "N t"]]:
-    """log p of tokens 2..T without thoughts, t = T - 1, nats, and (if asked for) whether they are the likeliest ones."""
+    """log p of tokens 2..T without thoughts, t = T - 1, nats, and whether they are the likeliest (if asked for)."""
     hidden = read_texts(model.talk, "naive", len(texts.ids), texts.ids.device).extend(
         model.talk.embed(texts.ids), texts.mask
     )

@@ -8,17 +8,18 @@ from helpers import V, llama
 from softrl.trainers import QuietSTaRConfig, QuietSTaRTrainer
 
 
-def texts(count=8, seed=0):
-    """Rows of 4 to 9 token ids, each with two anchors."""
+def texts(count=8, seed=0, length=None):
+    """Rows of 4 to 9 token ids, or of one length, each with two anchors."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(3, V, (4 + (5 * row) % 6,), generator=generator).tolist() for row in range(count)]
+    lengths = [length or 4 + (5 * row) % 6 for row in range(count)]
+    rows = [torch.randint(3, V, (length,), generator=generator).tolist() for length in lengths]
     return Dataset.from_list([{"input_ids": ids, "anchors": [0, len(ids) - 3]} for ids in rows])
 
 
 def quietstar(
     folder, model=None, train=None, evaluation=None, peft_config=None, tokenizer=None, float32=False, **settings
 ):  # fmt: skip
-    """A trainer in float64 (or 32) that trains by SGD at a learning rate that shows, of a model that mixes thoughts."""
+    """A trainer in float64 (or 32) that trains by SGD at a rate that shows, of a model that mixes thoughts."""
     defaults = {
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "n_thought": 2, "n_talk": 2, "top_k": 7,
         "num_thoughts": 2, "learning_rate": 0.05, "lr_scheduler_type": "constant", "optim": "sgd", "max_steps": 3,

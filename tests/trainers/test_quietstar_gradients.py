@@ -1,4 +1,4 @@
-"""The trainer's loss and gradient against ones written out: plain calls of the LM, each thought in a text of its own."""
+"""The trainer's loss and gradient against ones written out: plain calls of the LM, each thought in its own text."""
 
 import pytest
 import torch
