@@ -30,10 +30,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Texts:
-    """Given text, one row each, padded on either side."""
+    """Given text, one row each, padded on either side. `counted` are the tokens of a plain loss; None: all of them."""
 
     ids: Int[Tensor, "N T"]
     mask: Bool[Tensor, "N T"]
+    counted: Bool[Tensor, "N T"] | None = None
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,62 @@ def load_thinking(folder: str) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="a recipe's path, or its name: thoughts-pointer")
+    parser.add_argument("--output_dir", help="where runs and report go (the recipe's)")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_arguments(parser)
+    parser.add_argument("--methods", nargs="+", help="run these methods only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run these seeds only")
+
+
+def _compare(given: argparse.Namespace) -> int:
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    study = _study(given)
+    for option, wanted, known in (
+        ("methods", given.methods, [method.name for method in study.config.methods]),
+        ("seeds", given.seeds, study.config.seeds),
+    ):
+        if unknown := sorted(set(wanted or []) - set(known)):
+            raise ValueError(f"--{option}: {unknown} are not in the recipe, which has {known}")
+    try:
+        study.train(given.methods, given.seeds)
+    except KeyboardInterrupt:
+        print("\nStopped. Finished runs are kept; the same command goes on.", file=sys.stderr)
+        return 130
+    return _report(given)
+
+
+def _report(given: argparse.Namespace) -> int:
+    from softrl.studies.thought_report import write_report
+
+    study = _study(given)
+    records = study.records()
+    if not records:
+        raise ValueError(
+            f"{study.config.output_dir} holds no finished run of the recipe; softrl thoughts compare makes them"
+        )
+    print(f"Report: {write_report(study.config, records, f'{PROG} compare --config {given.config}')}")
+    return 0
+
+
+def _study(given: argparse.Namespace) -> Any:
+    from softrl.cli.arguments import find_study
+    from softrl.studies.thought_config import load_config
+    from softrl.studies.thought_run import ThoughtStudy
+
+    return ThoughtStudy(load_config(find_study(given.config), given.output_dir))
+
+
 # name -> (its arguments, what it does with them, one line for --help)
 _COMMANDS = {
     "generate": (_generate_arguments, _generate, "go on with prompts, thinking before tokens"),
+    "compare": (_compare_arguments, _compare, "train ways to think and controls at equal seconds, and report"),
+    "report": (_study_arguments, _report, "the page of a comparison's finished runs"),
 }

@@ -51,9 +51,9 @@ def shared_prefix_attention(
 
 
 def reach_of(visible: Bool[Tensor, "N L T"]) -> list[int]:
-    """For every branch how many slots, counted from the first, hold all that it sees in any of the texts."""
+    """For every branch how many slots, counted from the first, hold all that it sees in any text; at least 1."""
     slots = torch.arange(1, visible.shape[-1] + 1, device=visible.device)
-    return (visible.any(0) * slots).amax(-1).tolist()
+    return (visible.any(0) * slots).amax(-1).clamp(min=1).tolist()
 
 
 def _rows_of_branches(query: Float[Tensor, "N H M d"], groups: int, count: int) -> Float[Tensor, "N J L rows d"]:

@@ -8,7 +8,7 @@ Source: Zelikman et al. (2024), Quiet-STaR, arXiv:2403.09629; softrl maths, sect
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -82,6 +82,10 @@ def thought_rollout(
             larger than V, or more tokens than the model's context holds.
     """
     check_anchors(texts, anchors, is_anchor)
+    if source not in get_args(ThoughtSource):
+        raise ValueError(f"source must be one of {get_args(ThoughtSource)}, got {source!r}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     rows = anchors.shape[1] * num_samples
     if (len(random), random.rows) != (len(anchors), rows):
         raise ValueError(
@@ -296,7 +300,7 @@ def thought_pass(
 def text_log_probs(
     model: ThinkingLM, texts: Texts, with_hits: bool = False
 ) -> tuple[Float[Tensor, "N t"], Bool[Tensor, "N t"]]:
-    """log p of tokens 2..T without thoughts, t = T - 1, nats, and whether they are the likeliest (if asked for)."""
+    """log p of tokens 2..T without thoughts, t = T - 1, nats, and (if asked for) whether they are the likeliest."""
     hidden = read_texts(model.talk, "naive", len(texts.ids), texts.ids.device).extend(
         model.talk.embed(texts.ids), texts.mask
     )

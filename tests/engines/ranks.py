@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+RANKED = "ListwisePreference"
 CASE = {
     "engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False,
     "reward": "pair", "rows": 8, "bf16": False,
@@ -107,7 +108,7 @@ def trainer_of(case, folder):
     if case["method"] == "QuietSTaR":
         return thinking_trainer_of(case, folder)
     from helpers import PairReward, classifier, llama
-    from trainers.tiny import dataset, make, word_tokenizer
+    from trainers.tiny import dataset, make, ranked_dataset, word_tokenizer
 
     lora = None
     if case["lora"]:
@@ -115,7 +116,7 @@ def trainer_of(case, folder):
 
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
     settings = {
-        **({} if case["method"] == "PPO" else {"adjoint_tol": 1e-6}), "bf16": case["bf16"],
+        **({} if case["method"] in ("PPO", RANKED) else {"adjoint_tol": 1e-6}), "bf16": case["bf16"],
         "ddp_backend": "gloo" if case["world"] > 1 else None,
         "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
     }  # fmt: skip
@@ -124,12 +125,12 @@ def trainer_of(case, folder):
         "classifier": lambda: classifier().float(),
         "discriminator": lambda: "discriminator",
     }
-    rows = dataset(case["rows"])
-    references = [f"w9 w{4 + index % 7}" for index in range(len(rows))]
+    references = [f"w9 w{4 + index % 7}" for index in range(case["rows"])]
+    rows = dataset(case["rows"]).add_column("reference", references)
     return make(
         folder / (case["folder"] or f"{case['name']}-run"), word_tokenizer(), model=llama().float(), peft_config=lora,
-        method=case["method"], reward=rewards[case["reward"]](), train=rows.add_column("reference", references),
-        **settings,
+        method=case["method"], reward=rewards[case["reward"]](),
+        train=ranked_dataset(case["rows"]) if case["method"] == RANKED else rows, **settings,
     )  # fmt: skip
 
 
@@ -172,15 +173,16 @@ def float32_masters(model):
 
 
 def kept_draws(trainer):
-    """A list that every rollout of training adds its prompts, its noise and its tokens to."""
-    draws, record = [], trainer.record
+    """A list that every rollout of training adds its prompts, its noise and its tokens to; empty without rollouts."""
+    draws, record = [], getattr(trainer, "record", None)
 
     def recording(batch, completions, values):
         noise = trainer.random_for(batch).exponential(4, torch.float64)
         draws.append({"prompts": batch.indices, "noise": noise, "tokens": completions.tokens})
         return record(batch, completions, values)
 
-    trainer.record = recording
+    if record is not None:
+        trainer.record = recording
     return draws
 
 

@@ -19,7 +19,7 @@ def texts(count=8, seed=0, length=None):
 def quietstar(
     folder, model=None, train=None, evaluation=None, peft_config=None, tokenizer=None, float32=False, **settings
 ):  # fmt: skip
-    """A trainer in float64 (or 32) that trains by SGD at a rate that shows, of a model that mixes thoughts."""
+    """A trainer in float64 (or 32) with SGD at a learning rate that shows, of a model that mixes thoughts."""
     defaults = {
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "n_thought": 2, "n_talk": 2, "top_k": 7,
         "num_thoughts": 2, "learning_rate": 0.05, "lr_scheduler_type": "constant", "optim": "sgd", "max_steps": 3,

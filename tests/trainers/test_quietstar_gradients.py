@@ -1,4 +1,4 @@
-"""The trainer's loss and gradient against ones written out: plain calls of the LM, each thought in its own text."""
+"""The trainer's loss and gradient against ones written out: plain calls of the LM, a text for each thought."""
 
 import pytest
 import torch

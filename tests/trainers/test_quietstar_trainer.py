@@ -4,11 +4,7 @@ import math
 
 import pytest
 import torch
-from generation.thinkers import thinker
-from helpers import gpt2, gru, llama
-from peft import LoraConfig
-from trainers.quietstar import quietstar, texts
-from trainers.tiny import logs_of, numbers_of, parameters_of, word_tokenizer
+from trainers.quietstar import quietstar
 
 from softrl.estimators.thought_rules import THOUGHT_RULES
 
@@ -22,10 +18,9 @@ WAYS = {
     "positive only": {"estimator_settings": {"positive_only": True}},
     "one thought": {"num_thoughts": 1, "estimator_settings": {"baseline": "batch"}},
     "entropy": {"entropy_weight": 0.1},
-    "base after thoughts": {"base_tokens": "thought", "think_every": 2},
     "log_probs": {"mixing": "log_probs"},
     "residual": {"residual_mixing": True, "sigmoid_mixing": False},
-    "cooler": {"temperature": 0.7, "thinking_learning_rate": 0.2},
+    "cooler": {"temperature": 0.7, "thinking_learning_rate": 0.2, "mixing_learning_rate": 0.1},
     "prior": {"estimator": "self_normalized", "proposal": "prior"},
     "mixture": {"estimator": "rloo", "proposal": "mixture"},
     "relative": {"estimator": "dpo", "relative_to_prior": True},
@@ -34,7 +29,6 @@ WAYS = {
     "random": {"thoughts": "random"},
     "pause": {"thoughts": "pause"},
     "none": {"thoughts": "none"},
-    "none, base after thoughts": {"thoughts": "none", "base_tokens": "thought", "think_every": 2},
     "policy weight 0": {"policy_weight": 0.0},
     "no length": {"n_thought": 0},
     "no length, soft": {"n_thought": 0, "estimator": "soft"},
