@@ -41,6 +41,7 @@ def test_it_trains_is_evaluated_and_thinks(tiny, capsys, extra):
     out = capsys.readouterr().out
     assert "Model saved to run." in out
     assert "loss/policy" in out
+    assert "Figure: run/curves.png" in out
     assert evaluate.main(argv) == 0
     out = capsys.readouterr().out
     assert "4 held-out texts, nats a token" in out
