@@ -96,7 +96,9 @@ def gpt2(seed: int = 0, tied: bool = True) -> nn.Module:
 def gru(seed: int = 0, tied: bool = True) -> nn.Module:
     """A recurrent state instead of keys and values."""
     config = GRUConfig(vocab_size=V, hidden_size=12, num_hidden_layers=2, tie_word_embeddings=tied)
-    return _redraw(GRUForCausalLM(config), seed, 0.7)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # its cells' biases are not redrawn
+        return _redraw(GRUForCausalLM(config), seed, 0.7)
 
 
 def mamba(seed: int = 0, tied: bool = True) -> nn.Module:

@@ -167,7 +167,7 @@ def test_mixtures_against_finite_differences(name, relaxation_name):
     grads = gradient(model, (soft.talk + soft.thought).sum())
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(len(grads), generator=generator, dtype=torch.float64)
-    step, values = 1e-5, []
+    step, values = 1e-6, []
     for sign in (1.0, -1.0):
         nn.utils.vector_to_parameters(_flat(parameters) + sign * step * direction, parameters)
         values.append(_value_thinking_again(model, thoughts, relaxation))
