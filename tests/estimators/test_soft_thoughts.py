@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ALL_RELAXATIONS, V, gpt2, gru, llama, mamba, relaxation_of, with_float64_norms
-from models.test_thinking import thinking
+from helpers import ALL_RELAXATIONS, V, gpt2, gru, llama, mamba, relaxation_of, thinking, with_float64_norms
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
