@@ -14,7 +14,7 @@ The start comes last so that every hop can be the same lookup, of the successor 
 ones, where the symbols on the way are written between start and answer (`with_chains`).
 
 A pair is one token because two would have to be bound together first, by another layer: with answers alone as the
-loss, two layers then take thousands of steps to learn a single hop, and one layer cannot.
+loss, two layers then take thousands of steps to learn a single hop.
 
 Text can also show its work: `worked_answers` has rows `... ?2 a : d b`, where the mark `:` is followed by the symbols
 on the way and then the answer. A model that has read both can learn to do unasked what such rows do in writing.
@@ -68,16 +68,17 @@ def pointer_tokenizer(num_symbols: int, max_hops: int) -> PreTrainedTokenizerFas
 def pointer_chasing(
     tokenizer: PreTrainedTokenizerFast,
     num_rows: int,
-    num_symbols: int = 6,
+    num_symbols: int = 8,
     hops: Sequence[int] = (1, 2, 3),
-    kind: Kind = "cycle",
+    kind: Kind = "permutation",
     split: Split = "train",
     seed: int = 0,
 ) -> Dataset:
-    """Questions with their answers; row number and seed say which, so fewer rows are the first of more.
+    """Questions with their answers, by default where one layer fails and a thought would help (softrl/studies/LOG.md).
 
-    A function belongs to "train" or to "test" (a fifth of them) by a hash of its table, so that no function of one
-    split occurs in the other, whatever the seeds, starts, hops and orders of pairs.
+    Row number and seed say which, so fewer rows are the first of more. A function belongs to "train" or to "test" (a
+    fifth of them) by a hash of its table, so that no function of one split occurs in the other, whatever the seeds,
+    starts, hops and orders of pairs.
 
     Args:
         tokenizer: of `pointer_tokenizer` with `num_symbols` and at least `max(hops)`.
@@ -147,7 +148,7 @@ def worked_answers(tokenizer: PreTrainedTokenizerFast, questions: Dataset) -> Da
     return Dataset.from_list(rows)
 
 
-def best_guess_accuracy(num_symbols: int, hops: int, kind: Kind = "cycle") -> float:
+def best_guess_accuracy(num_symbols: int, hops: int, kind: Kind = "permutation") -> float:
     """The best accuracy of an answer that depends on start and hops alone, not on the pairs.
 
     "cycle": 1 / (n - 1), any symbol but the start (1 where n divides k). "permutation": d(k) / n with the d(k)

@@ -14,6 +14,7 @@ KINDS = ("cycle", "permutation", "function")
 
 
 def rows_of(num_rows=300, num_symbols=N, hops=(1, 2, 3), **settings):
+    settings = {"kind": "cycle"} | settings
     return pointer_chasing(pointer_tokenizer(num_symbols, max(hops)), num_rows, num_symbols, hops, **settings)
 
 
