@@ -137,7 +137,7 @@ def load_samples(path: Path) -> list[Sample]:
 def plot_run(log_history: list[dict[str, float]], folder: Path) -> list[Path]:
     """`curves.png` and, where adjoint norms were logged, `adjoint.png`; nothing for a run without a logged step."""
     written = []
-    if any({"reward/hard", "rewards/margins"} & row.keys() for row in log_history):
+    if any({"reward/hard", "rewards/margins", "base_nll"} & row.keys() for row in log_history):
         written.append(folder / "curves.png")
         plot_training(log_history, written[-1])
     norms = adjoint_norms(log_history)
@@ -176,8 +176,15 @@ _PANELS = (
     ("perplexity under the base", {"eval_base_perplexity": "perplexity, held out"}),
     ("pairs in the right order", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
     ("margin of the best", {"rewards/margins": "training", "eval_rewards/margins": "held out"}),
+    ("NLL of true tokens, nats", {
+        "nll": "after thoughts", "base_nll": "without", "eval_nll": "after thoughts, held out",
+        "eval_base_nll": "without, held out",
+    }),
+    ("weight of thoughts", {"mixing": "training", "eval_mixing": "held out"}),
+    ("log-probability of a thought token, nats", {"thought_log_prob": "thoughts"}),
     ("seconds a step", {
         "step_time/rollout": "rollout", "step_time/cotangents": "cotangents", "step_time/surrogate": "surrogate",
+        "step_time/thoughts": "thoughts",
     }),
 )  # fmt: skip
 

@@ -13,6 +13,8 @@ from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Texts
 
+MIXING_AT = "mixing_at/"  # and a position: the mean weight of thoughts after that token
+_SHOWN_POSITIONS = 8
 _EVALUATION_STEP = -1  # random streams of evaluations are not those of any training step
 
 
@@ -88,7 +90,7 @@ def measure_texts(model: ThinkingLM, texts: Texts, indices: list[int], anchors: 
 
 
 def summary(samples: list[ThoughtSample]) -> dict[str, float]:
-    """Means over tokens: `nll` with thoughts, `base_nll` without, their difference on easy and hard tokens, ..."""
+    """Means over tokens: `nll` with thoughts, `base_nll` without, on easy and hard ones; weights by position."""
     base, mixed = _joined(samples, "base"), _joined(samples, "mixed")
     hard = base > base.median()
     values = {
@@ -99,7 +101,12 @@ def summary(samples: list[ThoughtSample]) -> dict[str, float]:
     for name, which in (("hard", hard), ("easy", ~hard)):
         if which.any():
             values |= {f"nll_{name}": mixed[which].mean(), f"base_nll_{name}": base[which].mean()}
-    return {name: value.item() for name, value in values.items()}
+    numbers = {name: value.item() for name, value in values.items()}
+    weights = by_position(samples, "mixing")
+    slots = list(weights)
+    for slot in slots[:: max(1, -(-len(slots) // _SHOWN_POSITIONS))]:
+        numbers[f"{MIXING_AT}{slot}"] = weights[slot]
+    return numbers
 
 
 def by_position(samples: list[ThoughtSample], name: str) -> dict[int, float]:
