@@ -370,5 +370,6 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
             if not args.thinks:
                 return measure_texts(model, texts, indices, where)
             return measure_thoughts(
-                model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed
-            )
+                model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed,
+                args.branch_attention,
+            )  # fmt: skip

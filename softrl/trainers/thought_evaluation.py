@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softrl.models.branches import BranchAttention
 from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.anchors import Anchors
 from softrl.rollouts.thoughts import ThoughtSource, text_log_probs, thought_embeds, thought_pass, thought_rollout
@@ -53,13 +54,15 @@ def measure_thoughts(
     source: ThoughtSource = "policy",
     relaxation: Relaxation | None = None,
     seed: int = 0,
+    attention: BranchAttention = "shared",
 ) -> list[ThoughtSample]:
     """Think about held-out texts and score the token after every thought, with the same random numbers every time."""
     where, is_anchor = anchors
     seeds = [sequence_seed(seed, _EVALUATION_STEP, index) for index in indices]
     random = SequenceRandom(seeds, texts.ids.device, rows=where.shape[1] * num_samples)
-    thoughts = thought_rollout(model, texts, where, is_anchor, random, num_samples, source, relaxation)
-    passed = thought_pass(model, texts, thoughts, 1, thought_embeds(model, thoughts, source), with_hits=True)
+    thoughts = thought_rollout(model, texts, where, is_anchor, random, num_samples, source, relaxation, attention)
+    embeds = thought_embeds(model, thoughts, source)
+    passed = thought_pass(model, texts, thoughts, 1, embeds, attention, with_hits=True)
     talk = passed.talk_log_probs[..., 0].float()
     count = torch.tensor(float(num_samples)).log()
     columns: dict[str, Tensor] = {

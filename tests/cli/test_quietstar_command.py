@@ -1,6 +1,9 @@
 """`softrl train --trainer quietstar` on tiny models: the run, its evaluation, going on, generation, hostile input."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,24 @@ def test_it_goes_on_from_its_checkpoint_to_the_same_parameters(tiny, estimator):
         whole, parts = (load_file(Path(folder) / name) for folder in ("whole", "parts"))
         assert whole.keys() == parts.keys()
         assert all(bool((whole[key] == parts[key]).all()) for key in whole)
+
+
+def test_two_launched_processes_give_the_parameters_of_one(tiny, tmp_path):
+    """On texts of one length: a loss is a mean over what a process has of a step."""
+    rows = [" ".join(text.split()[:6]) for text in TEXTS]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    assert main([*tiny, "--output_dir", "alone"]) == 0
+    command = [sys.executable, "-m", "softrl", "train", *tiny, "--output_dir", "both"]
+    done = subprocess.run(
+        [*command, "--per_device_train_batch_size", "2", "--accelerate_config", "ddp_cpu"],
+        capture_output=True, text=True, timeout=450, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Model saved to both.") == 1
+    for name in ("model.safetensors", "thinking.safetensors"):
+        alone, both = (load_file(tmp_path / folder / name) for folder in ("alone", "both"))
+        assert alone.keys() == both.keys()
+        assert max(float((alone[key] - both[key]).abs().max()) for key in alone) < 1e-5
 
 
 @pytest.mark.parametrize(
