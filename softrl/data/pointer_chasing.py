@@ -11,7 +11,7 @@ slot of the start, whose next token is the answer. It is the only slot that is w
 belong there alone: pairs, hops and start are random.
 
 The start comes last so that every hop can be the same lookup, of the successor of the latest symbol: also the later
-ones, where the symbols on the way are written between start and answer (`with_chains`).
+ones, where the symbols on the way are written between start and answer (`worked_answers`).
 
 A pair is one token because two would have to be bound together first, by another layer: with answers alone as the
 loss, two layers then take thousands of steps to learn a single hop.
@@ -110,24 +110,6 @@ def pointer_chasing(
             "text": texts,
         }
     )
-
-
-def with_chains(rows: Dataset) -> Dataset:
-    """The rows of `pointer_chasing` with the symbols between written out, behind the start and before the answer.
-
-    Args:
-        rows: of `pointer_chasing`.
-    Returns:
-        The same columns, `input_ids` longer by k - 1 tokens; the answer is still the last. Without `text`.
-    """
-    columns = {name: list(rows[name]) for name in ("input_ids", "answer_position", "hops", "chain_ids")}
-    columns["input_ids"] = [
-        [*ids[: start + 1], *chain, *ids[start + 1 :]]
-        for ids, start, chain in zip(
-            columns["input_ids"], columns["answer_position"], columns["chain_ids"], strict=True
-        )
-    ]
-    return Dataset.from_dict(columns)
 
 
 def worked_answers(tokenizer: PreTrainedTokenizerFast, questions: Dataset) -> Dataset:
