@@ -17,7 +17,8 @@ A pair is one token because two would have to be bound together first, by anothe
 loss, two layers then take thousands of steps to learn a single hop.
 
 Text can also show its work: `worked_answers` has rows `... ?2 a : d b`, where the mark `:` is followed by the symbols
-on the way and then the answer. A model that has read both can learn to do unasked what such rows do in writing.
+on the way and then the answer, or, in a share of them, symbols at random. A model that has read both kinds of rows can
+learn to do unasked, and always, what such rows do in writing and sometimes.
 
 Right by chance: an answer at random is right once in n times, whatever the kind; `best_guess_accuracy` has what start
 and hops alone allow. Networks without enough layers get further, by shortcuts: softrl/studies/LOG.md has how far.
@@ -112,22 +113,39 @@ def pointer_chasing(
     )
 
 
-def worked_answers(tokenizer: PreTrainedTokenizerFast, questions: Dataset) -> Dataset:
+def worked_answers(
+    tokenizer: PreTrainedTokenizerFast, questions: Dataset, right_share: float = 1.0, seed: int = 0
+) -> Dataset:
     """The same questions with their work shown: the mark, the symbols on the way, and the answer.
 
     Args:
         tokenizer: of `pointer_tokenizer`.
         questions: of `pointer_chasing`.
+        right_share: of rows whose work is right; others have symbols at random behind the mark.
+        seed: of what is random.
     Returns:
         Columns `input_ids`, and `completion_mask`: 1 at what follows the mark.
+    Raises:
+        ValueError: a share outside [0, 1].
     """
+    if not 0.0 <= right_share <= 1.0:
+        raise ValueError(f"right_share must lie between 0 and 1, got {right_share!r}; 1 shows right work alone")
     mark = tokenizer.convert_tokens_to_ids(WORK_MARK)
+    symbols = _symbol_ids(tokenizer)
     rows = []
-    for row in questions:
+    for number, row in enumerate(questions):
         work = [*row["chain_ids"], row["input_ids"][-1]]
+        draw = random.Random(f"{seed} work {number}")
+        if draw.random() >= right_share:
+            work = draw.choices(symbols, k=len(work))
         asked = [*row["input_ids"][:-1], mark]
         rows.append({"input_ids": asked + work, "completion_mask": [0] * len(asked) + [1] * len(work)})
     return Dataset.from_list(rows)
+
+
+def _symbol_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[symbol] for symbol in string.ascii_lowercase if symbol in vocabulary]
 
 
 def best_guess_accuracy(num_symbols: int, hops: int, kind: Kind = "permutation") -> float:

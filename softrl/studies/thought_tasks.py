@@ -36,13 +36,14 @@ def pointer_task(
     kind: Kind = "permutation",
     num_rows: int = 20_000,
     num_eval_rows: int = 500,
-    worked: bool = True,
+    right_work: float | None = 0.3,
     seed: int = 0,
 ) -> Task:
     """Pointer chasing, thought about before the answer alone; groups are the numbers of hops.
 
     Args:
-        worked: let every second training row be a worked answer, which is not thought about.
+        right_work: let every second training row be a worked answer, which is not thought about, and this share of
+            them right; None: no such rows.
     """
     tokenizer = pointer_tokenizer(num_symbols, max(hops))
     train, test = (
@@ -50,8 +51,8 @@ def pointer_task(
         for split, count in (("train", num_rows), ("test", num_eval_rows))
     )
     rows = [_asked(train), _asked(test)]
-    if worked:
-        shown = worked_answers(tokenizer, train)
+    if right_work is not None:
+        shown = worked_answers(tokenizer, train, right_work, seed)
         shown = shown.add_column(ANCHOR_COLUMN, [[] for _ in shown]).cast(rows[0].features)
         rows[0] = concatenate_datasets([rows[0], shown])
     groups = [f"{number} hop{'s' if number > 1 else ''}" for number in test["hops"]]

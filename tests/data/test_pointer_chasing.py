@@ -139,6 +139,19 @@ def test_worked_answers_show_the_symbols_between_behind_a_mark():
         assert longer["completion_mask"] == [0] * (start + 2) + [1] * len(work)
 
 
+def test_a_share_of_the_work_is_right_and_the_rest_is_symbols_at_random():
+    rows, tokenizer = rows_of(400), pointer_tokenizer(N, 3)
+    right, some = (worked_answers(tokenizer, rows, share) for share in (1.0, 0.3))
+    symbols = set(tokenizer.convert_tokens_to_ids(list("abcdef"[:N])))
+    equal = [one == other for one, other in zip(right["input_ids"], some["input_ids"], strict=True)]
+    assert 0.2 < sum(equal) / 400 < 0.6  # 0.3, and random work that happens to be right, most of all of one hop
+    for row, longer in zip(rows, some, strict=True):
+        assert set(longer["input_ids"][row["answer_position"] + 2 :]) <= symbols
+    assert worked_answers(tokenizer, rows, 0.3).to_list() == some.to_list()
+    with pytest.raises(ValueError, match="right_share must lie between 0 and 1, got 1.5"):
+        worked_answers(tokenizer, rows, 1.5)
+
+
 def test_the_tokenizer_is_saved_and_loaded(tmp_path):
     tokenizer = pointer_tokenizer(N, 3)
     tokenizer.save_pretrained(tmp_path)
