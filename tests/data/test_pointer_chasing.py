@@ -148,7 +148,7 @@ def test_a_share_of_the_work_is_right_and_the_rest_is_symbols_at_random():
     for row, longer in zip(rows, some, strict=True):
         assert set(longer["input_ids"][row["answer_position"] + 2 :]) <= symbols
     assert worked_answers(tokenizer, rows, 0.3).to_list() == some.to_list()
-    with pytest.raises(ValueError, match="right_share must lie between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"right_share must lie between 0 and 1, got 1\.5"):
         worked_answers(tokenizer, rows, 1.5)
 
 
