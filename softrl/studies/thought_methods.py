@@ -1,0 +1,183 @@
+"""From a recipe's words to estimators of thoughts: rules, soft thoughts, and surrogates fitted before the draws."""
+
+from dataclasses import fields, replace
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softrl.estimators.pathwise import unbiased_for
+from softrl.estimators.system import AdjointSettings
+from softrl.estimators.thought_base import ThoughtRule
+from softrl.estimators.thought_rules import THOUGHT_RULES, Reinforce, make_thought_rule
+from softrl.estimators.thought_sets import NoiseContrastive, PartitionLearned
+from softrl.rewards.surrogate import RewardSurrogate
+from softrl.studies.language import PILOT_SEED
+from softrl.studies.methods import RELAXATION_KEYS, Method, check_settings, made_relaxation
+from softrl.studies.thought_problem import (
+    EveryThought,
+    Proposal,
+    Reference,
+    ThoughtEstimator,
+    ThoughtProblem,
+    anchor_states,
+)
+from softrl.tokens.relaxation import RELAXATIONS
+from softrl.tokens.truncation import Truncation
+
+SURROGATES = ("none", "gated", "always")
+_SURROGATE_KEYS = ("surrogate", "surrogate_spread", "pilot_draws")
+_ADJOINT_KEYS = ("hops", "feedback_discount", "adjoint_clip")
+_PILOT_DRAWS = 64
+_FIT_STEPS, _LEARNING_RATE = 400, 1e-2
+
+
+def make_thought_estimator(method: Method, problem: ThoughtProblem) -> ThoughtEstimator:
+    """The estimator that a recipe names, with its surrogate fitted where it has one.
+
+    A rule takes its own settings and `proposal`, `reference`; a relaxation those of `make_relaxation` and `hops`,
+    `feedback_discount`, `adjoint_clip`. Both take `surrogate` (none, gated, always), `surrogate_spread` (nats, the
+    largest that is trusted) and `pilot_draws` that it is fitted on.
+
+    Raises:
+        ValueError: an unknown name, a setting that the method does not have, or one outside its range.
+    """
+    if method.name in RELAXATIONS:
+        return _soft(method, problem)
+    if method.name not in THOUGHT_RULES:
+        known = sorted((*THOUGHT_RULES, *RELAXATIONS))
+        raise ValueError(f"unknown estimator {method.name!r}; of thoughts it must be one of {known}")
+    return _by_rule(method, problem)
+
+
+def _soft(method: Method, problem: ThoughtProblem) -> ThoughtEstimator:
+    keys = [key for key in RELAXATION_KEYS if key != "relaxation"]
+    check_settings(method, *keys, *_ADJOINT_KEYS, *_SURROGATE_KEYS)
+    relaxation = made_relaxation(method, Truncation(problem.model.policy.vocab_size), method.name)
+    relaxation.truncation.check_vocabulary(problem.model.policy.vocab_size)
+    adjoint = AdjointSettings(**{key: method.settings[key] for key in _ADJOINT_KEYS if key in method.settings})
+    if _choice(method, "surrogate", SURROGATES) == "gated":
+        raise ValueError(f"estimator {method.name!r}: soft thoughts are differentiated through one function; "
+                         "surrogate must be 'none' or 'always'")  # fmt: skip
+    surrogate = _surrogate(method, problem, "policy")
+    scored = problem.num_anchors * problem.num_samples
+    declared = unbiased_for(relaxation, adjoint) if surrogate is None else None
+    calls = 0.0 if surrogate is not None and problem.part == "thought" else scored
+    return ThoughtEstimator(declared, calls, None, relaxation, adjoint, surrogate=surrogate)
+
+
+def _by_rule(method: Method, problem: ThoughtProblem) -> ThoughtEstimator:
+    own = [each.name for each in fields(THOUGHT_RULES[method.name]())]
+    check_settings(method, *own, "proposal", "reference", *_SURROGATE_KEYS)
+    rule = make_thought_rule(method.name, {key: method.settings[key] for key in own if key in method.settings})
+    proposal = _choice(method, "proposal", get_args(Proposal))
+    reference = _choice(method, "reference", ("none", *get_args(Reference)[1:]))
+    gated = _choice(method, "surrogate", SURROGATES) == "gated"
+    _check_rule(rule, proposal, reference, problem)
+    surrogate = _surrogate(method, problem, proposal)
+    made = ThoughtEstimator(
+        _declared(rule, proposal, surrogate, problem), problem.num_anchors * problem.num_samples, rule,
+        proposal=proposal, reference=reference, surrogate=surrogate, gated=gated,
+    )  # fmt: skip
+    if surrogate is None and not isinstance(rule, PartitionLearned):
+        return made
+    with torch.no_grad():
+        every = problem.every_thought()
+        if isinstance(rule, PartitionLearned):
+            made = replace(made, log_z=_converged_log_z(rule.beta, made, problem, every))
+        return replace(made, reward_calls=_reward_calls(made, problem, every))
+
+
+def _choice(method: Method, key: str, known: tuple[str, ...]) -> Any:
+    value = method.settings.get(key, known[0])
+    if value not in known:
+        raise ValueError(f"estimator {method.name!r}: {key} must be one of {list(known)}, got {value!r}")
+    return value
+
+
+def _check_rule(rule: ThoughtRule, proposal: str, reference: str, problem: ThoughtProblem) -> None:
+    if problem.num_samples < rule.least_thoughts:
+        raise ValueError(
+            f"estimator {rule.name!r} needs at least {rule.least_thoughts} thoughts an anchor, got num_samples="
+            f"{problem.num_samples}"
+        )
+    if isinstance(rule, NoiseContrastive) and reference == "none":
+        raise ValueError("estimator 'nca' scores thoughts relative to a reference; set reference: policy or prior")
+    if proposal == "halves" and problem.num_samples % 2:
+        raise ValueError(f"proposal 'halves' takes half of the thoughts from each, got num_samples="
+                         f"{problem.num_samples}; make it even, or take 'mixture'")  # fmt: skip
+
+
+def _declared(
+    rule: ThoughtRule, proposal: Proposal, surrogate: RewardSurrogate | None, problem: ThoughtProblem
+) -> str | None:
+    """A rule's declaration in the report's words. It is of the rewards themselves, and of independent thoughts."""
+    declared = rule.unbiased_for
+    # Halves are no independent draws; they still serve rules whose coefficients read no other thought of the anchor.
+    serves_halves = isinstance(rule, Reinforce) and rule.baseline != "mean"
+    if declared is None or surrogate is not None or (proposal == "halves" and not serves_halves):
+        return None
+    return "hard" if declared == problem.objective else "other"
+
+
+def _log_proposal(made: ThoughtEstimator, every: EveryThought) -> Float[Tensor, "M H"]:
+    """log q of all thoughts; of halves that of one picked at random."""
+    if made.proposal == "policy":
+        return every.log_probs
+    if made.proposal == "prior":
+        return every.log_prior
+    return torch.logaddexp(every.log_probs, every.log_prior) - torch.tensor(2.0, dtype=torch.float64).log()
+
+
+def _converged_log_z(
+    beta: float, made: ThoughtEstimator, problem: ThoughtProblem, every: EveryThought
+) -> Float[Tensor, "M"]:
+    """Where a learned log Z stands still at these parameters, exactly: `E_q [r/β − log π + log π_ref]`."""
+    rewards = every.rewards
+    if made.surrogate is not None:
+        estimated, trusted = _estimates(made, problem, every)
+        rewards = torch.where(trusted, estimated, rewards)
+    references = {"none": torch.zeros_like(every.log_probs), "policy": every.log_probs, "prior": every.log_prior}
+    log_ratio = every.log_probs - references[made.reference]
+    return (_log_proposal(made, every).exp() * (rewards / beta - log_ratio)).sum(-1)
+
+
+def _reward_calls(made: ThoughtEstimator, problem: ThoughtProblem, every: EveryThought) -> float:
+    """A scored thought is a call; one that an estimate replaces is none, unless the talk part reads its reward."""
+    if made.surrogate is None or problem.part == "whole":
+        return made.reward_calls
+    read = (~_estimates(made, problem, every)[1]).double()
+    return problem.num_samples * float((_log_proposal(made, every).exp() * read).sum())
+
+
+def _estimates(made: ThoughtEstimator, problem: ThoughtProblem, every: EveryThought) -> tuple[Tensor, Tensor]:
+    said = problem.estimated(made, every.thoughts, every.passed, every.embeds)
+    return said[0].flatten(0, 1), said[1].flatten(0, 1)
+
+
+def _surrogate(method: Method, problem: ThoughtProblem, proposal: Proposal) -> RewardSurrogate | None:
+    """Fitted on pilot thoughts of other draws, from the same proposal."""
+    if _choice(method, "surrogate", SURROGATES) == "none":
+        if unused := sorted(set(_SURROGATE_KEYS[1:]) & set(method.settings)):
+            raise ValueError(f"estimator {method.name!r}: {unused} are of a surrogate; set surrogate: gated or always")
+        return None
+    draws = int(method.settings.get("pilot_draws", _PILOT_DRAWS))
+    if draws < 1:
+        raise ValueError(f"estimator {method.name!r}: pilot_draws must be at least 1, got {draws}")
+    model = problem.model
+    surrogate = RewardSurrogate(
+        len(model.start), model.thinking.n_thought, max_std_nats=float(method.settings.get("surrogate_spread", 0.1)),
+        pooling="flatten", seed=problem.seed,
+    ).to(model.policy.dtype)  # fmt: skip
+    sampler = ThoughtEstimator(None, 0.0, proposal=proposal)
+    with torch.no_grad():
+        thoughts, _ = problem.thoughts(sampler, range(draws), PILOT_SEED)
+        passed, embeds = problem.passed(thoughts, draws)
+        seen = anchor_states(thoughts, passed), embeds.flatten(0, 1), passed.rewards.flatten(0, 1)
+    optimizer = torch.optim.Adam(surrogate.parameters(), lr=_LEARNING_RATE)
+    for _ in range(_FIT_STEPS):  # every step on all of the pilot, hence one key of the bootstrap's weights
+        optimizer.zero_grad()
+        surrogate.loss(*seen).backward()
+        optimizer.step()
+    return surrogate.requires_grad_(False)
