@@ -29,13 +29,14 @@ class SoftThoughtPass:
     """A pass, and the two parts of the surrogate of every thought, shape (N, A, S); values mean nothing but r's.
 
     `talk` is r, whose gradient is that at fixed thoughts; the gradient of `thought` is that through them. Together
-    they are the total derivative (at γ = 1, all sweeps, and without a bound). `adjoint` are the λ_t.
+    they are the total derivative (at γ = 1, all sweeps, and without a bound). `adjoint` are the λ_t, `embeds` the e_t.
     """
 
     passed: ThoughtPass
     talk: Float[Tensor, "N A S"]
     thought: Float[Tensor, "N A S"]
     adjoint: Float[Tensor, "N A S n D"]
+    embeds: Float[Tensor, "N A S n D"]
 
 
 def soft_thought_pass(
@@ -66,7 +67,7 @@ def soft_thought_pass(
     leaf = fed.detach().requires_grad_()
     passed = thought_pass(model, texts, thoughts, n_talk, leaf, attention, with_entropy)
     if thoughts.length == 0:
-        return SoftThoughtPass(passed, passed.rewards, torch.zeros_like(passed.rewards), leaf.detach())
+        return SoftThoughtPass(passed, passed.rewards, torch.zeros_like(passed.rewards), leaf.detach(), leaf.detach())
     weights = _weights(model, thoughts, relaxation, passed)
     target = passed.rewards if value is None else value(passed, leaf)
     adjoint, cotangents = torch.zeros_like(leaf), torch.zeros_like(weights)
@@ -77,12 +78,12 @@ def soft_thought_pass(
         cotangents = settings.feedback_discount * _feedback(model, thoughts, adjoint)
     through = (cotangents.to(weights.dtype) * weights).sum((-2, -1))
     if not model.policy.trains_embedding:
-        return SoftThoughtPass(passed, passed.rewards, through, adjoint)
+        return SoftThoughtPass(passed, passed.rewards, through, adjoint, leaf.detach())
     # The embedding's own part: of r at fixed thoughts, and what later thought tokens add to it.
     (direct,) = torch.autograd.grad(passed.rewards.sum(), leaf, retain_graph=True)
     talk = passed.rewards + (direct * (fed - leaf.detach())).sum((-2, -1))
     own = ((settings.feedback_discount * adjoint - direct) * fed).sum((-2, -1))
-    return SoftThoughtPass(passed, talk, through + own, adjoint)
+    return SoftThoughtPass(passed, talk, through + own, adjoint, leaf.detach())
 
 
 def _weights(

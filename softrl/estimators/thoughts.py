@@ -5,19 +5,21 @@ pass of the model, so that an engine sees one forward and one backward pass.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from softrl.estimators.soft_thoughts import ThoughtValue, soft_thought_pass
+from softrl.estimators.soft_thoughts import soft_thought_pass
 from softrl.estimators.system import AdjointSettings
 from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
 from softrl.masking import token_mean
 from softrl.models.branches import BranchAttention
 from softrl.models.thinking import ThinkingLM
-from softrl.rollouts.anchors import can_follow
-from softrl.rollouts.thoughts import ThoughtPass, ThoughtSource, thought_embeds, thought_pass
+from softrl.rewards.surrogate import RewardSurrogate
+from softrl.rollouts.anchors import Anchors, can_follow
+from softrl.rollouts.thoughts import ThoughtPass, ThoughtSource, text_log_probs, thought_embeds, thought_pass
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Texts, Thoughts
 
@@ -75,22 +77,19 @@ class ThoughtExtras:
     Args:
         log_proposal: of the distribution that thoughts were drawn from; None: the policy itself.
         log_prior: of a reference that scores are relative to.
-        estimated, trusted: a surrogate's rewards and where they are used, for sampled thoughts.
         uniforms: random numbers of rules that draw.
-        value: what is differentiated through soft thoughts instead of the reward.
+        surrogate: where its ensemble agrees, thoughts learn from its estimate of their reward; soft ones through it.
     """
 
     log_proposal: Float[Tensor, "N A S"] | None = None
     log_prior: Float[Tensor, "N A S"] | None = None
-    estimated: Float[Tensor, "N A S"] | None = None
-    trusted: Bool[Tensor, "N A S"] | None = None
     uniforms: Float[Tensor, "N A S"] | None = None
-    value: ThoughtValue | None = None
+    surrogate: RewardSurrogate | None = None
 
 
 @dataclass(frozen=True)
 class ThoughtLoss:
-    """The loss and its parts, means with graphs, and the pass that they come from."""
+    """The loss and its parts, means with graphs, the pass that they come from, and the embeddings that it was fed."""
 
     loss: Float[Tensor, ""]
     base: Float[Tensor, ""]
@@ -98,6 +97,7 @@ class ThoughtLoss:
     policy: Float[Tensor, ""]
     entropy: Float[Tensor, ""]
     passed: ThoughtPass
+    embeds: Float[Tensor, "N A S n D"]
 
 
 def thought_loss(
@@ -112,13 +112,14 @@ def thought_loss(
     if objective.relaxation is None or objective.source != "policy":
         embeds = thought_embeds(model, thoughts, objective.source)
         passed = thought_pass(model, texts, thoughts, objective.n_talk, embeds, objective.attention, with_entropy)
-        talk, policy = _by_rule(model, thoughts, objective, extras, passed)
+        talk, policy = _by_rule(model, thoughts, objective, extras, passed, embeds)
     else:
+        value = None if extras.surrogate is None else partial(_trusted_value, extras.surrogate, thoughts)
         soft = soft_thought_pass(
-            model, texts, thoughts, objective.n_talk, objective.relaxation, objective.adjoint, extras.value,
+            model, texts, thoughts, objective.n_talk, objective.relaxation, objective.adjoint, value,
             objective.attention, with_entropy,
         )  # fmt: skip
-        passed, valid = soft.passed, is_valid(soft.passed)
+        passed, valid, embeds = soft.passed, is_valid(soft.passed), soft.embeds
         talk, policy = -soft.talk.mean(-1)[valid], -soft.thought.mean(-1)[valid]
     base = _base_loss(texts, passed, objective)
     talk_mean = talk.sum() / passed.is_talk.sum().clamp(min=1)
@@ -130,7 +131,27 @@ def thought_loss(
         loss = loss + objective.policy_weight * policy_mean
     if with_entropy:
         loss = loss - objective.entropy_weight * spread
-    return ThoughtLoss(loss, base, talk_mean, policy_mean, spread, passed)
+    return ThoughtLoss(loss, base, talk_mean, policy_mean, spread, passed, embeds.detach())
+
+
+def text_loss(
+    model: ThinkingLM, texts: Texts, anchors: Anchors, after_thoughts_only: bool
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N T-1"]]:
+    """The base part alone, of a model that does not think, and log p of tokens 2..T.
+
+    Args:
+        anchors: where it would think.
+        after_thoughts_only: count only the tokens that follow those.
+    """
+    log_probs, _ = text_log_probs(model, texts)
+    counted = can_follow(texts)[:, :-1]
+    if after_thoughts_only:
+        where, is_anchor = anchors
+        chosen = torch.zeros_like(texts.mask).scatter(1, where, is_anchor)
+        # Rows that are filled up repeat their first anchor, which the scatter may have unmarked.
+        chosen[torch.arange(len(where)), where[:, 0]] = is_anchor[:, 0]
+        counted = counted & chosen[:, :-1]
+    return token_mean(-log_probs, counted), log_probs
 
 
 def _base_loss(texts: Texts, passed: ThoughtPass, objective: ThoughtObjective) -> Float[Tensor, ""]:
@@ -145,35 +166,70 @@ def is_valid(passed: ThoughtPass) -> Bool[Tensor, "N A"]:
 
 
 def scored_thoughts(
-    model: ThinkingLM, thoughts: Thoughts, passed: ThoughtPass, extras: ThoughtExtras
+    model: ThinkingLM,
+    thoughts: Thoughts,
+    passed: ThoughtPass,
+    extras: ThoughtExtras,
+    embeds: Float[Tensor, "N A S n D"],
 ) -> ScoredThoughts:
     """The thoughts of all valid anchors, as a rule reads them."""
     valid = is_valid(passed)
     log_probs = passed.log_probs.sum(-1)[valid]
-    of_valid = {
-        name: None if value is None else value[valid].to(log_probs.dtype if value.is_floating_point() else value.dtype)
-        for name, value in (
-            ("log_prior", extras.log_prior), ("estimated", extras.estimated), ("trusted", extras.trusted),
-            ("uniforms", extras.uniforms),
-        )
-    }  # fmt: skip
-    log_z = None
+
+    def of_valid(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[valid].to(log_probs.dtype)
+
+    log_z = estimated = trusted = None
     if model.log_z is not None:
-        at_anchor = thoughts.anchors[..., None].expand(-1, -1, passed.base_hidden.shape[-1])
-        log_z = model.log_z(passed.base_hidden.gather(1, at_anchor).detach())[valid].to(log_probs.dtype)
-    proposal = log_probs.detach() if extras.log_proposal is None else extras.log_proposal[valid].to(log_probs.dtype)
-    return ScoredThoughts(passed.rewards[valid], log_probs, proposal, log_z=log_z, **of_valid)
+        log_z = of_valid(model.log_z(context_at_anchors(thoughts, passed)))
+    if extras.surrogate is not None:
+        said = extras.surrogate(*surrogate_inputs(thoughts, passed, embeds.detach()))
+        estimated, trusted = of_valid(said.estimated.view_as(passed.rewards)), said.trusted.view_as(passed.rewards)
+        trusted = trusted[valid]
+    proposal = of_valid(extras.log_proposal)
+    return ScoredThoughts(
+        passed.rewards[valid], log_probs, log_probs.detach() if proposal is None else proposal,
+        of_valid(extras.log_prior), log_z, estimated, trusted, of_valid(extras.uniforms),
+    )  # fmt: skip
+
+
+def context_at_anchors(thoughts: Thoughts, passed: ThoughtPass) -> Float[Tensor, "N A D"]:
+    """The text's hidden states at the anchors, constants."""
+    at_anchor = thoughts.anchors[..., None].expand(-1, -1, passed.base_hidden.shape[-1])
+    return passed.base_hidden.gather(1, at_anchor).detach()
+
+
+def surrogate_inputs(
+    thoughts: Thoughts, passed: ThoughtPass, embeds: Float[Tensor, "N A S n D"]
+) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M S n D"]]:
+    """Context and thoughts of all anchors, M = N * A; the context normalised, since its scale differs by model."""
+    context = context_at_anchors(thoughts, passed).flatten(0, 1)
+    return nn.functional.layer_norm(context.float(), context.shape[-1:]), embeds.flatten(0, 1).float()
+
+
+def _trusted_value(
+    surrogate: RewardSurrogate, thoughts: Thoughts, passed: ThoughtPass, embeds: Float[Tensor, "N A S n D"]
+) -> Float[Tensor, "N A S"]:
+    """r_ψ where it is trusted, else the reward itself."""
+    said = surrogate(*surrogate_inputs(thoughts, passed, embeds))
+    shape = passed.rewards.shape
+    return torch.where(said.trusted.view(shape), said.estimated.view(shape).to(passed.rewards.dtype), passed.rewards)
 
 
 def _by_rule(
-    model: ThinkingLM, thoughts: Thoughts, objective: ThoughtObjective, extras: ThoughtExtras, passed: ThoughtPass
+    model: ThinkingLM,
+    thoughts: Thoughts,
+    objective: ThoughtObjective,
+    extras: ThoughtExtras,
+    passed: ThoughtPass,
+    embeds: Float[Tensor, "N A S n D"],
 ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"]]:
     """Talk and policy losses of the valid anchors."""
     valid = is_valid(passed)
     if not objective.teaches_thoughts or objective.rule is None or thoughts.length == 0:
         talk = -passed.rewards[valid].mean(-1)
         return talk, torch.zeros_like(talk)
-    scored = scored_thoughts(model, thoughts, passed, extras)
+    scored = scored_thoughts(model, thoughts, passed, extras, embeds)
     talk = -(objective.rule.talk_weights(scored) * scored.rewards).sum(-1)
     return talk, objective.rule.thought_losses(scored)
 

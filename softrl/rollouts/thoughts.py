@@ -224,12 +224,22 @@ def thought_pass(
     base_talk, talk = _at(base, where - 1), hidden[..., n + 1 :, :]  # base: the slots before the targets
     weight = model.mixing(base_talk[:, :, None].expand_as(talk), talk)
     mixed, talk_hits = _mixed_log_probs(model, base_talk, talk, weight, targets, with_hits)
-    text_log_probs, text_hits = _text_log_probs(model, base[:, :-1], texts.ids[:, 1:], with_hits)
-    base_log_probs, base_hits = (_at(of[..., None], where - 1)[..., 0] for of in (text_log_probs, text_hits))
+    of_text = _text_log_probs(model, base[:, :-1], texts.ids[:, 1:], with_hits)
+    base_log_probs, base_hits = (_at(values[..., None], where - 1)[..., 0] for values in of_text)
     return ThoughtPass(
-        base, text_log_probs, base_log_probs, hidden[..., :n, :], log_probs, spread, mixed, weight, is_talk,
+        base, of_text[0], base_log_probs, hidden[..., :n, :], log_probs, spread, mixed, weight, is_talk,
         talk_hits, base_hits,
     )  # fmt: skip
+
+
+def text_log_probs(
+    model: ThinkingLM, texts: Texts, with_hits: bool = False
+) -> tuple[Float[Tensor, "N T-1"], Bool[Tensor, "N T-1"]]:
+    """log p of tokens 2..T without thoughts, nats, and (if asked for) whether they are the likeliest ones."""
+    hidden = read_texts(model.talk, "naive", len(texts.ids), texts.ids.device).extend(
+        model.talk.embed(texts.ids), texts.mask
+    )
+    return _text_log_probs(model, hidden[:, :-1], texts.ids[:, 1:], with_hits)
 
 
 def talk_slots(

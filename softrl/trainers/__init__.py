@@ -8,6 +8,8 @@ from softrl.trainers.listwise_config import ListwisePreferenceConfig
 from softrl.trainers.listwise_trainer import ListwisePreferenceTrainer
 from softrl.trainers.ppo_config import PPOConfig
 from softrl.trainers.ppo_trainer import PPOTrainer
+from softrl.trainers.quietstar_config import QuietSTaRConfig
+from softrl.trainers.quietstar_trainer import QuietSTaRTrainer
 from softrl.trainers.reinforce_config import ReinforceConfig
 from softrl.trainers.reinforce_trainer import ReinforceTrainer
 from softrl.trainers.rollout_config import RolloutConfig
@@ -21,6 +23,8 @@ __all__ = [
     "ListwisePreferenceTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "QuietSTaRConfig",
+    "QuietSTaRTrainer",
     "ReinforceConfig",
     "ReinforceGANConfig",
     "ReinforceGANTrainer",

@@ -19,6 +19,7 @@ from softrl.trainers.precision import bf16_by_default
 
 SOFT = "soft"
 ThinkAt = Literal["every", "entropy", "given"]
+ThoughtsFed = Literal["policy", "random", "pause", "none"]
 Proposal = Literal["policy", "prior", "mixture"]
 
 
@@ -56,8 +57,8 @@ class QuietSTaRConfig(BaseConfig):
         think_count (`int`, *optional*, defaults to `16`):
             See `think_at`.
         thoughts (`str`, *optional*, defaults to `"policy"`):
-            What is fed as a thought: the model's own tokens, or, as controls, `"random"` tokens or a learned
-            `"pause"` embedding.
+            What is fed as a thought: the model's own tokens, or, as controls, `"random"` tokens, a learned `"pause"`
+            embedding, or `"none"`: it does not think, and learns from the loss without thoughts alone.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of thoughts, at sampling and at scoring alike.
         mixing (`str`, *optional*, defaults to `"hidden"`):
@@ -146,7 +147,8 @@ class QuietSTaRConfig(BaseConfig):
     think_every: int = field(default=1, metadata={"help": "Interval in tokens, for think_at='every'."})
     think_count: int = field(default=16, metadata={"help": "Tokens a text, for think_at='entropy'."})
     thoughts: str = field(
-        default="policy", metadata={"help": "What is fed as a thought.", "choices": ["policy", "random", "pause"]}
+        default="policy",
+        metadata={"help": "What is fed as a thought.", "choices": ["policy", "random", "pause", "none"]},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of thoughts."})
     mixing: str = field(default="hidden", metadata={"help": "What is mixed.", "choices": list(get_args(Mixing))})
@@ -222,7 +224,7 @@ class QuietSTaRConfig(BaseConfig):
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must leave a token to predict, so be at least 2, got {self.max_length}")
         choices = {
-            "think_at": get_args(ThinkAt), "thoughts": ("policy", "random", "pause"), "proposal": get_args(Proposal),
+            "think_at": get_args(ThinkAt), "thoughts": get_args(ThoughtsFed), "proposal": get_args(Proposal),
             "branch_attention": get_args(BranchAttention), "base_tokens": ("all", "thought"),
             "estimator": (SOFT, *THOUGHT_RULES),
         }  # fmt: skip
@@ -249,9 +251,19 @@ class QuietSTaRConfig(BaseConfig):
         return self.estimator == SOFT
 
     @property
+    def thinks(self) -> bool:
+        """Whether anything is fed between a text's tokens."""
+        return self.thoughts != "none"
+
+    @property
     def needs_prior(self) -> bool:
         """Whether the model as it was at the start is kept."""
-        return self.proposal != "policy" or self.relative_to_prior
+        return self.proposal != "policy" or self.scores_by_prior
+
+    @property
+    def scores_by_prior(self) -> bool:
+        """Whether thoughts are scored relative to that; noise contrastive alignment always does."""
+        return self.relative_to_prior or self.estimator == "nca"
 
     @property
     def lengths(self) -> Schedule:
@@ -279,7 +291,7 @@ class QuietSTaRConfig(BaseConfig):
 
     def objective(self, relaxation: Relaxation | None) -> ThoughtObjective:
         """What is minimised."""
-        source: ThoughtSource = self.thoughts  # type: ignore[assignment]
+        source: ThoughtSource = self.thoughts if self.thinks else "policy"  # type: ignore[assignment]
         return ThoughtObjective(
             self.n_talk, self.make_rule(), relaxation, self.adjoint_settings(), self.base_weight, self.talk_weight,
             self.policy_weight, self.entropy_weight, source, self.branch_attention,

@@ -3,27 +3,23 @@
 Left out: engines that shard parameters, which would have to gather the learned embeddings outside of any module.
 """
 
-import copy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from softrl.assets import resolve_model
 from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN, padded_texts, text_rows
-from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, thought_loss
+from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, text_loss, thought_loss
 from softrl.models.policy import check_policy, evaluating, evaluation_mode
-from softrl.models.thinking import ThinkingLM, is_thinking_folder
+from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.anchors import Anchors, by_entropy, every_kth, given
 from softrl.rollouts.thoughts import joined_thoughts, thought_embeds, thought_pass, thought_rollout
 from softrl.tokens.noise import SequenceRandom, sequence_seed
@@ -31,24 +27,26 @@ from softrl.trainers._bridge import BaseTrainer, ForwardRedirection
 from softrl.trainers.batches import as_rows
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
-from softrl.trainers.loading import load_model, load_tokenizer, model_name, with_adapter, without_adapters
+from softrl.trainers.loading import load_tokenizer, model_name
 from softrl.trainers.metrics import MetricLog
 from softrl.trainers.model_card import CITATION
 from softrl.trainers.quietstar_config import QuietSTaRConfig
 from softrl.trainers.step_guard import StepGuardMixin
-from softrl.trainers.thought_evaluation import ThoughtSample, measure_thoughts, summary
+from softrl.trainers.thinking_model import ThinkingModelMixin, frozen_prior, thinking_model
+from softrl.trainers.thought_evaluation import ThoughtSample, measure_texts, measure_thoughts, summary
+from softrl.trainers.thought_surrogate import SurrogateFit
 from softrl.types import Texts, Thoughts
 
 _DRAWS = 1  # of a text's random streams: 0 thinks, this one is for rules that draw
 
 
-class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
+class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, BaseTrainer):
     """
     Trainer that teaches a causal language model to think before its next tokens, on plain text.
 
     With respect to `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`,
     `training_step` (timing only), `compute_loss`, `create_optimizer` (a learning rate of its own for what thinking
-    adds), `get_eval_dataloader`, `evaluation_loop`, `log`, `_save`, `_load_from_checkpoint` and `_load_best_model`.
+    adds), `get_eval_dataloader`, `evaluation_loop`, `log`, and what [`ThinkingModelMixin`] lists.
 
     Example:
 
@@ -117,6 +115,9 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         self.relaxation = args.make_relaxation(top_k) if args.is_soft else None
         self.objective = args.objective(self.relaxation)
         self.prior = frozen_prior(thinking) if args.needs_prior else None
+        if args.reward_surrogate:
+            settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed)
+            self.surrogate = SurrogateFit(len(thinking.start), *settings)
         self._redirect = ForwardRedirection()
         self._metrics = MetricLog()
         self._engine_is_checked = False
@@ -139,8 +140,9 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
             )
         if self.is_deepspeed_enabled and args.is_soft:
             raise ValueError("estimator='soft' differentiates a pass twice, which DeepSpeed does not allow; use DDP")
-        if self.prior is not None:
-            self.prior.to(self.accelerator.device)
+        for each in (self.prior, self.surrogate and self.surrogate.surrogate):
+            if each is not None:
+                each.to(self.accelerator.device)
         self.model_accepts_loss_kwargs = False
 
     # Data
@@ -186,6 +188,8 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         length = self._follow_curriculum(unwrapped)
         texts = padded_texts(inputs, self.accelerator.device)
         evaluation_mode(unwrapped)
+        if not self.args.thinks:
+            return self._loss_without_thoughts(model, texts, inputs)
         with self._metrics.timed("thoughts"), self.accelerator.autocast():
             where = self.anchors(unwrapped, texts, inputs, offset=self.state.global_step)
             thoughts = self._think(unwrapped, texts, where, inputs)
@@ -193,11 +197,27 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
             extras = self._extras(unwrapped, texts, thoughts, inputs)
             output = self._redirect(model, unwrapped, self._loss, texts, thoughts, extras)
         self._record(thoughts, output, texts, length)
+        if self.surrogate is not None and thoughts.length:
+            with self._metrics.timed("surrogate"):
+                self._metrics.add(self.surrogate.learn(thoughts, output.passed, output.embeds, self.accelerator))
         return output.loss
 
     def _loss(self, texts: Texts, thoughts: Thoughts, extras: ThoughtExtras) -> ThoughtLoss:
         model = self.accelerator.unwrap_model(self.model)
         return thought_loss(model, texts, thoughts, self.objective, extras)
+
+    def _loss_without_thoughts(self, model: nn.Module, texts: Texts, rows: list[dict[str, Any]]) -> Tensor:
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            where = self.anchors(unwrapped, texts, rows, offset=self.state.global_step)
+            settings = (unwrapped, texts, where, self.objective.base_after_thoughts)
+            loss, _ = self._redirect(model, unwrapped, text_loss, *settings)
+        self._metrics.add({"base_nll": self.accelerator.gather(loss.detach()[None]).mean().item()})
+        self._count_tokens(texts)
+        return loss
+
+    def _count_tokens(self, texts: Texts) -> None:
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(texts.mask.sum()[None]).sum())
 
     def _follow_curriculum(self, model: ThinkingLM) -> int:
         length = int(self.args.lengths.at(self.state.global_step, max(self.state.max_steps, 1)))
@@ -243,7 +263,8 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         if args.estimator == "trice":
             random = self._random(rows, shape[1] * shape[2], _DRAWS)
             uniforms = random.exponential(1, torch.float32).neg().exp().view(shape)
-        return ThoughtExtras(proposal, prior if args.relative_to_prior else None, uniforms=uniforms)
+        surrogate = None if self.surrogate is None else self.surrogate.surrogate
+        return ThoughtExtras(proposal, prior if args.scores_by_prior else None, uniforms, surrogate)
 
     def _log_probs(self, model: ThinkingLM, texts: Texts, thoughts: Thoughts) -> Tensor:
         """log π of whole thoughts under another model than that which is trained, or without a graph."""
@@ -272,8 +293,7 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         if not self.args.lengths.is_constant:
             logged["n_thought"] = float(length)
         self._metrics.add(logged)
-        tokens = self.accelerator.gather(texts.mask.sum()[None]).sum()
-        self.state.num_input_tokens_seen += int(tokens)
+        self._count_tokens(texts)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -325,72 +345,8 @@ class QuietSTaRTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         with evaluating(model), self.accelerator.autocast():
             where = self.anchors(model, texts, rows)
             indices = [row[INDEX_COLUMN] for row in rows]
+            if not args.thinks:
+                return measure_texts(model, texts, indices, where)
             return measure_thoughts(
                 model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed
             )
-
-    # Saving
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        of_lm = None
-        if state_dict is not None:
-            of_lm = {name[3:]: value for name, value in state_dict.items() if name.startswith("lm.")}
-        model.save_pretrained(folder, of_lm)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        thinking = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(thinking.lm, PeftModel):
-            set_peft_model_state_dict(thinking.lm, load_peft_weights(resume_from_checkpoint))
-        else:
-            dtype = next(thinking.lm.parameters()).dtype
-            loaded = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=dtype)
-            thinking.lm.load_state_dict(loaded.state_dict())
-        thinking.load_own_state(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def thinking_model(
-    model: "str | PreTrainedModel | PeftModel | ThinkingLM",
-    args: QuietSTaRConfig,
-    quantization_config: Any = None,
-    peft_config: PeftConfig | None = None,
-) -> ThinkingLM:
-    """What a trainer trains: a model that thinks already, or one that is taught to by `args`.
-
-    Raises:
-        ValueError: an adapter for a model that thinks already, or a partition objective for one without its head.
-    """
-    if isinstance(model, str) and is_thinking_folder(resolve_model(model)):
-        settings = {"dtype": "float32", **(args.model_init_kwargs or {})}
-        model = ThinkingLM.from_pretrained(resolve_model(model), is_trainable=True, **settings)
-    if isinstance(model, ThinkingLM):
-        if peft_config is not None:
-            raise ValueError("peft_config is given, but model thinks already; wrap its lm before you make it think")
-        if args.estimator == "partition_learned" and model.log_z is None:
-            raise ValueError(
-                "estimator='partition_learned' needs a model with a head for log Z, and this one has none; make it "
-                "with ThinkingLM(lm, config, learns_log_z=True), or use 'partition'"
-            )
-        return model
-    lm = with_adapter(load_model(model, args, quantization_config), peft_config)
-    return ThinkingLM(lm, args.thinking_config(), learns_log_z=args.estimator == "partition_learned")
-
-
-def frozen_prior(model: ThinkingLM) -> ThinkingLM:
-    """The model as it is now: a copy, or, with adapters, the same base with the adapters off."""
-    if not isinstance(model.lm, PeftModel):
-        return copy.deepcopy(model).eval().requires_grad_(False)
-    prior = ThinkingLM(model.lm, model.thinking)
-    prior.load_state_dict(copy.deepcopy(model.own_state()), strict=False)
-    for policy in (prior.policy, prior.talk):
-        policy.context = partial(without_adapters, model.lm)
-    return prior

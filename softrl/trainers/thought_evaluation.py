@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.anchors import Anchors
-from softrl.rollouts.thoughts import ThoughtSource, thought_embeds, thought_pass, thought_rollout
+from softrl.rollouts.thoughts import ThoughtSource, text_log_probs, thought_embeds, thought_pass, thought_rollout
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Texts
@@ -71,6 +71,20 @@ def measure_thoughts(
         ThoughtSample(index, **{name: values[row][valid[row]].tolist() for name, values in columns.items()})
         for row, index in enumerate(indices)
     ]
+
+
+@torch.no_grad()
+def measure_texts(model: ThinkingLM, texts: Texts, indices: list[int], anchors: Anchors) -> list[ThoughtSample]:
+    """The same numbers of a model that does not think."""
+    where, is_anchor = anchors
+    log_probs, hits = text_log_probs(model, texts, with_hits=True)
+    samples = []
+    for row, index in enumerate(indices):
+        slots = where[row][is_anchor[row]]
+        nll, hit = (-log_probs[row, slots]).tolist(), hits[row, slots].float().tolist()
+        nothing = [0.0] * len(nll)
+        samples.append(ThoughtSample(index, slots.tolist(), nll, nll, nll, nothing, hit, hit, [[] for _ in nll]))
+    return samples
 
 
 def summary(samples: list[ThoughtSample]) -> dict[str, float]:

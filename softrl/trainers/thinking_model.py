@@ -1,0 +1,112 @@
+"""The model of a trainer of thoughts: made, kept as a prior, saved, and loaded from checkpoints."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from softrl.assets import resolve_model, write_atomically
+from softrl.models.thinking import ThinkingLM, is_thinking_folder
+from softrl.trainers.loading import load_model, with_adapter, without_adapters
+from softrl.trainers.quietstar_config import QuietSTaRConfig
+from softrl.trainers.thought_surrogate import SurrogateFit
+
+_SURROGATE = "surrogate.pt"
+
+
+class ThinkingModelMixin:
+    """
+    How a [`ThinkingLM`] and what is fitted beside it are saved and loaded.
+
+    Overrides `_save`, `_load_from_checkpoint` and `_load_best_model` of [`~transformers.Trainer`], and
+    `save_own_state`.
+    """
+
+    surrogate: SurrogateFit | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        of_lm = None
+        if state_dict is not None:
+            of_lm = {name[3:]: value for name, value in state_dict.items() if name.startswith("lm.")}
+        model.save_pretrained(folder, of_lm)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        thinking = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(thinking.lm, PeftModel):
+            set_peft_model_state_dict(thinking.lm, load_peft_weights(resume_from_checkpoint))
+        else:
+            dtype = next(thinking.lm.parameters()).dtype
+            loaded = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=dtype)
+            thinking.lm.load_state_dict(loaded.state_dict())
+        thinking.load_own_state(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def save_own_state(self, folder: Path) -> None:
+        super().save_own_state(folder)
+        if self.surrogate is not None and self.args.should_save:
+            with write_atomically(folder / _SURROGATE) as temporary:
+                torch.save(self.surrogate.state_dict(), temporary)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.surrogate is not None:
+            path = Path(checkpoint) / _SURROGATE
+            if not path.is_file():
+                raise ValueError(
+                    f"{checkpoint} has no {_SURROGATE}: its run had no reward_surrogate; start a new run from its "
+                    "model instead of resuming it"
+                )
+            self.surrogate.load_state_dict(torch.load(path, weights_only=True))
+
+
+def thinking_model(
+    model: "str | PreTrainedModel | PeftModel | ThinkingLM",
+    args: QuietSTaRConfig,
+    quantization_config: Any = None,
+    peft_config: PeftConfig | None = None,
+) -> ThinkingLM:
+    """What a trainer trains: a model that thinks already, or one that is taught to by `args`.
+
+    Raises:
+        ValueError: an adapter for a model that thinks already, or a partition objective for one without its head.
+    """
+    if isinstance(model, str) and is_thinking_folder(resolve_model(model)):
+        settings = {"dtype": "float32", **(args.model_init_kwargs or {})}
+        model = ThinkingLM.from_pretrained(resolve_model(model), is_trainable=True, **settings)
+    if isinstance(model, ThinkingLM):
+        if peft_config is not None:
+            raise ValueError("peft_config is given, but model thinks already; wrap its lm before you make it think")
+        if args.estimator == "partition_learned" and model.log_z is None:
+            raise ValueError(
+                "estimator='partition_learned' needs a model with a head for log Z, and this one has none; make it "
+                "with ThinkingLM(lm, config, learns_log_z=True), or use 'partition'"
+            )
+        return model
+    lm = with_adapter(load_model(model, args, quantization_config), peft_config)
+    return ThinkingLM(lm, args.thinking_config(), learns_log_z=args.estimator == "partition_learned")
+
+
+def frozen_prior(model: ThinkingLM) -> ThinkingLM:
+    """The model as it is now: a copy, or, with adapters, the same base with the adapters off."""
+    if not isinstance(model.lm, PeftModel):
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    prior = ThinkingLM(model.lm, model.thinking)
+    prior.load_state_dict(copy.deepcopy(model.own_state()), strict=False)
+    for policy in (prior.policy, prior.talk):
+        policy.context = partial(without_adapters, model.lm)
+    return prior
