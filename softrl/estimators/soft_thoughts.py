@@ -82,6 +82,8 @@ def soft_thought_pass(
     # The embedding's own part: of r at fixed thoughts, and what later thought tokens add to it.
     (direct,) = torch.autograd.grad(passed.rewards.sum(), leaf, retain_graph=True)
     talk = passed.rewards + (direct * (fed - leaf.detach())).sum((-2, -1))
+    if value is not None:  # what is left out of the thought's part is what the adjoint has of it, r_ψ's and not r's
+        (direct,) = torch.autograd.grad(target.sum(), leaf, retain_graph=True)
     own = ((settings.feedback_discount * adjoint - direct) * fed).sum((-2, -1))
     return SoftThoughtPass(passed, talk, through + own, adjoint, leaf.detach())
 

@@ -236,7 +236,8 @@ def thinking_lm(
     model = tiny_thinker(vocab_size, n_thought, temperature, seed, *makes)
     other = tiny_thinker(vocab_size, n_thought, temperature, seed + 1, *makes) if prior == "model" else None
     generator = torch.Generator().manual_seed(sequence_seed(seed, text_length, num_texts))
-    ids = torch.randint(0, vocab_size, (num_texts, text_length), generator=generator)
+    orders = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(num_texts)])
+    ids = orders.repeat(1, -(-text_length // vocab_size))[:, :text_length]  # equal tokens would be equal contexts
     texts = Texts(ids, torch.ones_like(ids, dtype=torch.bool))
     anchors = every_kth(texts, think_every)
     description = (

@@ -1,5 +1,6 @@
 """From a recipe's words to estimators of thoughts: rules, soft thoughts, and surrogates fitted before the draws."""
 
+import math
 from dataclasses import fields, replace
 from typing import Any, get_args
 
@@ -12,7 +13,8 @@ from softrl.estimators.system import AdjointSettings
 from softrl.estimators.thought_base import ThoughtRule
 from softrl.estimators.thought_rules import THOUGHT_RULES, Reinforce, make_thought_rule
 from softrl.estimators.thought_sets import NoiseContrastive, PartitionLearned
-from softrl.rewards.surrogate import RewardSurrogate
+from softrl.estimators.thoughts import log_proposal, surrogate_inputs, trusted_value
+from softrl.rewards.surrogate import Pooling, RewardSurrogate
 from softrl.studies.language import PILOT_SEED
 from softrl.studies.methods import RELAXATION_KEYS, Method, check_settings, made_relaxation
 from softrl.studies.thought_problem import (
@@ -21,15 +23,15 @@ from softrl.studies.thought_problem import (
     Reference,
     ThoughtEstimator,
     ThoughtProblem,
-    anchor_states,
 )
 from softrl.tokens.relaxation import RELAXATIONS
 from softrl.tokens.truncation import Truncation
 
 SURROGATES = ("none", "gated", "always")
-_SURROGATE_KEYS = ("surrogate", "surrogate_spread", "pilot_draws")
+_SURROGATE_KEYS = ("surrogate", "surrogate_spread", "pooling", "pilot_draws")
 _ADJOINT_KEYS = ("hops", "feedback_discount", "adjoint_clip")
 _PILOT_DRAWS = 64
+_SPREAD = 0.1  # nats
 _FIT_STEPS, _LEARNING_RATE = 400, 1e-2
 
 
@@ -37,8 +39,8 @@ def make_thought_estimator(method: Method, problem: ThoughtProblem) -> ThoughtEs
     """The estimator that a recipe names, with its surrogate fitted where it has one.
 
     A rule takes its own settings and `proposal`, `reference`; a relaxation those of `make_relaxation` and `hops`,
-    `feedback_discount`, `adjoint_clip`. Both take `surrogate` (none, gated, always), `surrogate_spread` (nats, the
-    largest that is trusted) and `pilot_draws` that it is fitted on.
+    `feedback_discount`, `adjoint_clip`. Both take `surrogate` (none, gated: where its members agree, always), the
+    `surrogate_spread` in nats below which they do, `pooling`, and `pilot_draws` that it is fitted on.
 
     Raises:
         ValueError: an unknown name, a setting that the method does not have, or one outside its range.
@@ -57,14 +59,10 @@ def _soft(method: Method, problem: ThoughtProblem) -> ThoughtEstimator:
     relaxation = made_relaxation(method, Truncation(problem.model.policy.vocab_size), method.name)
     relaxation.truncation.check_vocabulary(problem.model.policy.vocab_size)
     adjoint = AdjointSettings(**{key: method.settings[key] for key in _ADJOINT_KEYS if key in method.settings})
-    if _choice(method, "surrogate", SURROGATES) == "gated":
-        raise ValueError(f"estimator {method.name!r}: soft thoughts are differentiated through one function; "
-                         "surrogate must be 'none' or 'always'")  # fmt: skip
     surrogate = _surrogate(method, problem, "policy")
-    scored = problem.num_anchors * problem.num_samples
     declared = unbiased_for(relaxation, adjoint) if surrogate is None else None
-    calls = 0.0 if surrogate is not None and problem.part == "thought" else scored
-    return ThoughtEstimator(declared, calls, None, relaxation, adjoint, surrogate=surrogate)
+    scored = float(problem.num_anchors * problem.num_samples)
+    return _with_costs(ThoughtEstimator(declared, scored, None, relaxation, adjoint, surrogate=surrogate), problem)
 
 
 def _by_rule(method: Method, problem: ThoughtProblem) -> ThoughtEstimator:
@@ -72,21 +70,17 @@ def _by_rule(method: Method, problem: ThoughtProblem) -> ThoughtEstimator:
     check_settings(method, *own, "proposal", "reference", *_SURROGATE_KEYS)
     rule = make_thought_rule(method.name, {key: method.settings[key] for key in own if key in method.settings})
     proposal = _choice(method, "proposal", get_args(Proposal))
-    reference = _choice(method, "reference", ("none", *get_args(Reference)[1:]))
-    gated = _choice(method, "surrogate", SURROGATES) == "gated"
+    reference = _choice(method, "reference", get_args(Reference))
     _check_rule(rule, proposal, reference, problem)
     surrogate = _surrogate(method, problem, proposal)
+    scored = float(problem.num_anchors * problem.num_samples)
     made = ThoughtEstimator(
-        _declared(rule, proposal, surrogate, problem), problem.num_anchors * problem.num_samples, rule,
-        proposal=proposal, reference=reference, surrogate=surrogate, gated=gated,
+        _declared(rule, proposal, surrogate, problem), scored, rule, proposal=proposal, reference=reference,
+        surrogate=surrogate,
     )  # fmt: skip
-    if surrogate is None and not isinstance(rule, PartitionLearned):
-        return made
-    with torch.no_grad():
-        every = problem.every_thought()
-        if isinstance(rule, PartitionLearned):
-            made = replace(made, log_z=_converged_log_z(rule.beta, made, problem, every))
-        return replace(made, reward_calls=_reward_calls(made, problem, every))
+    if isinstance(rule, PartitionLearned):
+        made = replace(made, log_z=_converged_log_z(rule.beta, made, problem))
+    return _with_costs(made, problem)
 
 
 def _choice(method: Method, key: str, known: tuple[str, ...]) -> Any:
@@ -123,37 +117,37 @@ def _declared(
 
 def _log_proposal(made: ThoughtEstimator, every: EveryThought) -> Float[Tensor, "M H"]:
     """log q of all thoughts; of halves that of one picked at random."""
-    if made.proposal == "policy":
-        return every.log_probs
-    if made.proposal == "prior":
-        return every.log_prior
-    return torch.logaddexp(every.log_probs, every.log_prior) - torch.tensor(2.0, dtype=torch.float64).log()
+    mixed = "mixture" if made.proposal == "halves" else made.proposal
+    return log_proposal(every.log_probs[None], every.log_prior[None], mixed)[0]
 
 
-def _converged_log_z(
-    beta: float, made: ThoughtEstimator, problem: ThoughtProblem, every: EveryThought
-) -> Float[Tensor, "M"]:
+@torch.no_grad()
+def _converged_log_z(beta: float, made: ThoughtEstimator, problem: ThoughtProblem) -> Float[Tensor, "M"]:
     """Where a learned log Z stands still at these parameters, exactly: `E_q [r/β − log π + log π_ref]`."""
+    every = problem.every_thought()
     rewards = every.rewards
     if made.surrogate is not None:
-        estimated, trusted = _estimates(made, problem, every)
-        rewards = torch.where(trusted, estimated, rewards)
+        rewards = trusted_value(made.surrogate, every.thoughts, every.passed, every.embeds).flatten(0, 1)
     references = {"none": torch.zeros_like(every.log_probs), "policy": every.log_probs, "prior": every.log_prior}
     log_ratio = every.log_probs - references[made.reference]
     return (_log_proposal(made, every).exp() * (rewards / beta - log_ratio)).sum(-1)
 
 
-def _reward_calls(made: ThoughtEstimator, problem: ThoughtProblem, every: EveryThought) -> float:
-    """A scored thought is a call; one that an estimate replaces is none, unless the talk part reads its reward."""
-    if made.surrogate is None or problem.part == "whole":
-        return made.reward_calls
-    read = (~_estimates(made, problem, every)[1]).double()
-    return problem.num_samples * float((_log_proposal(made, every).exp() * read).sum())
+@torch.no_grad()
+def _with_costs(made: ThoughtEstimator, problem: ThoughtProblem) -> ThoughtEstimator:
+    """A scored thought is a reward call; one that an estimate replaces is none, unless the talk part reads its reward.
 
-
-def _estimates(made: ThoughtEstimator, problem: ThoughtProblem, every: EveryThought) -> tuple[Tensor, Tensor]:
-    said = problem.estimated(made, every.thoughts, every.passed, every.embeds)
-    return said[0].flatten(0, 1), said[1].flatten(0, 1)
+    Of mixtures, which cannot be enumerated, all count as soon as one may.
+    """
+    surrogate = made.surrogate
+    if surrogate is None or problem.part == "whole":
+        return made
+    if made.relaxation is not None and not made.relaxation.feeds_one_hot and surrogate.max_std_nats < math.inf:
+        return made
+    every = problem.every_thought()
+    said = surrogate(*surrogate_inputs(every.thoughts, every.passed, every.embeds))
+    read = (_log_proposal(made, every).exp() * ~said.trusted).sum()
+    return replace(made, reward_calls=problem.num_samples * float(read))
 
 
 def _surrogate(method: Method, problem: ThoughtProblem, proposal: Proposal) -> RewardSurrogate | None:
@@ -166,15 +160,16 @@ def _surrogate(method: Method, problem: ThoughtProblem, proposal: Proposal) -> R
     if draws < 1:
         raise ValueError(f"estimator {method.name!r}: pilot_draws must be at least 1, got {draws}")
     model = problem.model
+    spread = float(method.settings.get("surrogate_spread", _SPREAD))
     surrogate = RewardSurrogate(
-        len(model.start), model.thinking.n_thought, max_std_nats=float(method.settings.get("surrogate_spread", 0.1)),
-        pooling="flatten", seed=problem.seed,
-    ).to(model.policy.dtype)  # fmt: skip
+        len(model.start), model.thinking.n_thought, pooling=_choice(method, "pooling", get_args(Pooling)),
+        max_std_nats=spread if _choice(method, "surrogate", SURROGATES) == "gated" else math.inf, seed=problem.seed,
+    )  # fmt: skip
     sampler = ThoughtEstimator(None, 0.0, proposal=proposal)
     with torch.no_grad():
         thoughts, _ = problem.thoughts(sampler, range(draws), PILOT_SEED)
         passed, embeds = problem.passed(thoughts, draws)
-        seen = anchor_states(thoughts, passed), embeds.flatten(0, 1), passed.rewards.flatten(0, 1)
+        seen = *surrogate_inputs(thoughts, passed, embeds), passed.rewards.flatten(0, 1).float()
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=_LEARNING_RATE)
     for _ in range(_FIT_STEPS):  # every step on all of the pilot, hence one key of the bootstrap's weights
         optimizer.zero_grad()

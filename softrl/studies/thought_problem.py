@@ -8,7 +8,7 @@ recipe's words to estimators, see `thought_methods`.
 
 import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from softrl.estimators.soft_thoughts import soft_thought_pass
 from softrl.estimators.system import AdjointSettings
 from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
 from softrl.estimators.thought_exact import ThoughtTruth, expected_value
-from softrl.estimators.thoughts import ThoughtExtras, log_proposal, scored_thoughts
+from softrl.estimators.thoughts import ThoughtExtras, log_proposal, scored_thoughts, trusted_value
 from softrl.models.policy import evaluating
 from softrl.models.thinking import ThinkingLM
 from softrl.rewards.surrogate import RewardSurrogate
@@ -61,7 +61,7 @@ class ThoughtEstimator:
         rule, relaxation: one of the two.
         adjoint: of soft thoughts.
         proposal, reference: of sampled ones.
-        surrogate: replaces rewards, where it trusts itself or, not `gated`, everywhere.
+        surrogate: replaces rewards where it trusts itself.
         log_z: of every anchor, for the rule that reads it.
     """
 
@@ -73,7 +73,6 @@ class ThoughtEstimator:
     proposal: Proposal = "policy"
     reference: Reference = "none"
     surrogate: RewardSurrogate | None = None
-    gated: bool = False
     log_z: Float[Tensor, "M"] | None = None
 
 
@@ -275,41 +274,18 @@ class ThoughtProblem:
         mixed = "mixture" if estimator.proposal == "halves" else estimator.proposal
         reference = {"none": None, "policy": own, "prior": prior}[estimator.reference]
         uniforms = random.exponential(1, torch.float64).neg().exp().view(own.shape)
-        estimated = trusted = None
-        if estimator.surrogate is not None:
-            with torch.no_grad():
-                estimated, trusted = self.estimated(estimator, thoughts, passed, embeds)
-        extras = ThoughtExtras(log_proposal(own, prior, mixed), reference, estimated, trusted, uniforms)
-        return scored_thoughts(self.model, thoughts, passed, extras)
+        extras = ThoughtExtras(log_proposal(own, prior, mixed), reference, uniforms, estimator.surrogate)
+        return scored_thoughts(self.model, thoughts, passed, extras, embeds)
 
     def _soft_values(self, estimator: ThoughtEstimator, thoughts: Thoughts, count: int) -> Float[Tensor, "D"]:
         assert estimator.relaxation is not None
-
-        def by_surrogate(passed: ThoughtPass, embeds: Tensor) -> Tensor:
-            return self.estimated(estimator, thoughts, passed, embeds)[0]
-
+        value = None if estimator.surrogate is None else partial(trusted_value, estimator.surrogate, thoughts)
         soft = soft_thought_pass(
             self.model, self._texts(count), thoughts, self.n_talk, estimator.relaxation, estimator.adjoint,
-            None if estimator.surrogate is None else by_surrogate,
+            value,
         )  # fmt: skip
         total = soft.thought if self.part == "thought" else soft.thought + soft.talk
         return total.view(count, -1).mean(1)
-
-    def estimated(
-        self, estimator: ThoughtEstimator, thoughts: Thoughts, passed: ThoughtPass, embeds: Float[Tensor, "N A S n D"]
-    ) -> tuple[Float[Tensor, "N A S"], Bool[Tensor, "N A S"]]:
-        """r_ψ of thoughts, and where it takes the reward's place."""
-        assert estimator.surrogate is not None
-        said = estimator.surrogate(anchor_states(thoughts, passed), embeds.flatten(0, 1))
-        shape = embeds.shape[:3]
-        trusted = said.trusted if estimator.gated else torch.ones_like(said.trusted)
-        return said.estimated.view(shape), trusted.view(shape)
-
-
-def anchor_states(thoughts: Thoughts, passed: ThoughtPass) -> Float[Tensor, "M D"]:
-    """The texts' hidden states at the anchors, constants: what a surrogate knows of the context."""
-    hidden = passed.base_hidden.detach()
-    return hidden.gather(1, thoughts.anchors[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
 
 
 def thought_group(name: str) -> str:
