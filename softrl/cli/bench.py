@@ -44,15 +44,33 @@ def main(argv: list[str]) -> int:
     blocks.add_argument("--tol", type=float, default=1e-3, help="relative residual to stop at (1e-3)")
     blocks.add_argument("--block_lengths", nargs="+", type=int, default=[8, 16, 32], help="steps a block (8 16 32)")
     blocks.add_argument("--output", type=Path, default=Path("runs/blocks.csv"), help="CSV (runs/blocks.csv)")
+    _add_thoughts(benchmarks.add_parser("thoughts", help="thinking after every token: shared prefix against dense"))
     given = parser.parse_args(argv)
 
     from softrl.assets import AssetError
 
     try:
-        return {"memory": _memory, "hops": _hops, "blocks": _blocks, "rollout": _rollout}[given.benchmark](given)
+        runs = {"memory": _memory, "hops": _hops, "blocks": _blocks, "rollout": _rollout, "thoughts": _thoughts}
+        return runs[given.benchmark](given)
     except (AssetError, ValueError) as error:
         print(f"softrl bench: {error}", file=sys.stderr)
         return 1
+
+
+def _add_thoughts(thoughts: argparse.ArgumentParser) -> None:
+    thoughts.add_argument(
+        "--model", default="small", help="a model's name or folder, or small, a random Llama (small)"
+    )
+    thoughts.add_argument("--lengths", nargs="+", type=int, help="T, tokens of a text (32 64 128 256)")
+    thoughts.add_argument("--thoughts", nargs="+", type=int, help="tokens of a thought (4 12)")
+    thoughts.add_argument("--talk", type=int, default=4, help="true tokens that are scored after it (4)")
+    thoughts.add_argument("--texts", type=int, default=1, help="N; there is a thought after every token (1)")
+    thoughts.add_argument("--rounds", type=int, help="measured runs of each, alternating (5)")
+    thoughts.add_argument("--no_memory", action="store_true", help="no peak memory, which takes a process each")
+    thoughts.add_argument("--quick", action="store_true", help="one minute: T 16 32, thoughts of 2, one round")
+    thoughts.add_argument(
+        "--output", type=Path, default=Path("runs/thoughts.json"), help="JSON and PNG (runs/thoughts.json)"
+    )
 
 
 def _memory(given: argparse.Namespace) -> int:
@@ -98,5 +116,21 @@ def _rollout(given: argparse.Namespace) -> int:
         raise ValueError(f"--contenders: {sorted(unknown)} are none of {list(CONTENDERS)}")
     setting = Setting(given.model, given.dtype, given.use_peft, given.beta, given.prompts)
     run(setting, given.horizons, contenders, given.rounds, given.memory, given.output, given.append)
+    print(f"Written to {given.output} and {given.output.with_suffix('.png')}.")
+    return 0
+
+
+def _thoughts(given: argparse.Namespace) -> int:
+    from softrl.assets import resolve_model
+    from softrl.studies.thought_attention import SMALL, Setting, run
+
+    lengths, thoughts, rounds = ([16, 32], [2], 1) if given.quick else ([32, 64, 128, 256], [4, 12], 5)
+    lengths, thoughts = given.lengths or lengths, given.thoughts or thoughts
+    if min(lengths) < 2 or min(thoughts) < 0 or given.talk < 1 or given.texts < 1:
+        raise ValueError("--lengths start at 2, --thoughts at 0, --talk and --texts at 1")
+    if given.model != SMALL:
+        resolve_model(given.model)  # fetched here, with its progress bar, rather than in every measuring process
+    settings = [Setting(given.model, each, n, given.talk, given.texts) for n in thoughts for each in lengths]
+    run(settings, given.rounds or rounds, not given.no_memory, given.output)
     print(f"Written to {given.output} and {given.output.with_suffix('.png')}.")
     return 0

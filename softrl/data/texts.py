@@ -1,7 +1,8 @@
 """Plain text to learn thinking from: data-set rows as padded token ids.
 
-The format: a column `text`, or `input_ids` where the text has been tokenised; with `think_at="given"` also `anchors`,
-the tokens of each row to think after, counted from 0.
+The format: a column `text`, or `input_ids` where the text has been tokenised; with the latter, `completion_mask` (as
+in TRL) may say which tokens the loss without thoughts counts; with `think_at="given"` also `anchors`, the tokens of
+each row to think after, counted from 0 (a row may have none).
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softrl.types import Texts
 
-INDEX_COLUMN, ANCHOR_COLUMN = "text_index", "anchors"
+INDEX_COLUMN, ANCHOR_COLUMN, MASK_COLUMN = "text_index", "anchors", "completion_mask"
 
 
 def text_rows(
@@ -71,19 +72,34 @@ def _row(
         )
     made = {"input_ids": ids, INDEX_COLUMN: index}
     if needs_anchors:
-        inside = [anchor for anchor in row[ANCHOR_COLUMN] if anchor < len(ids) - 1]
-        if not inside or min(inside) < 0:
+        anchors = row[ANCHOR_COLUMN]
+        inside = [anchor for anchor in anchors if anchor < len(ids) - 1]
+        if (anchors and not inside) or min(anchors, default=0) < 0:
             raise ValueError(
-                f"{name}, row {index}: {ANCHOR_COLUMN}={row[ANCHOR_COLUMN]} holds no token of {len(ids)} that another "
-                "one follows, or one below 0; count from 0, within max_length"
+                f"{name}, row {index}: {ANCHOR_COLUMN}={anchors} holds no token of {len(ids)} that another one "
+                "follows, or one below 0; count from 0, within max_length"
             )
         made[ANCHOR_COLUMN] = inside
+    if row.get(MASK_COLUMN) is not None:
+        if "input_ids" not in row or len(row[MASK_COLUMN]) < len(ids):
+            raise ValueError(
+                f"{name}, row {index}: {MASK_COLUMN} says of each of input_ids whether it counts, and it has "
+                f"{len(row[MASK_COLUMN])} numbers for {len(ids)} tokens"
+            )
+        made[MASK_COLUMN] = [int(each) for each in row[MASK_COLUMN][: len(ids)]]
     return made
 
 
 def padded_texts(rows: list[dict[str, Any]], device: torch.device) -> Texts:
     """Rows of token ids, padded on the right (with id 0, which nothing sees)."""
     length = max(len(row["input_ids"]) for row in rows)
-    ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows], device=device)
+
+    def padded(values: list[int]) -> list[int]:
+        return values + [0] * (length - len(values))
+
+    ids = torch.tensor([padded(row["input_ids"]) for row in rows], device=device)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=device)
-    return Texts(ids, torch.arange(length, device=device) < lengths[:, None])
+    counted = None
+    if rows[0].get(MASK_COLUMN) is not None:
+        counted = torch.tensor([padded(row[MASK_COLUMN]) for row in rows], device=device).bool()
+    return Texts(ids, torch.arange(length, device=device) < lengths[:, None], counted)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softrl.estimators.system import AdjointSettings, clipped
 from softrl.models.branches import BranchAttention
+from softrl.models.policy import chunk_length, recomputed
 from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.thoughts import ThoughtPass, thought_embeds, thought_pass
 from softrl.tokens.relaxation import Relaxation
@@ -79,10 +80,11 @@ def soft_thought_pass(
     through = (cotangents.to(weights.dtype) * weights).sum((-2, -1))
     if not model.policy.trains_embedding:
         return SoftThoughtPass(passed, passed.rewards, through, adjoint, leaf.detach())
-    # The embedding's own part: of r at fixed thoughts, and what later thought tokens add to it.
-    (direct,) = torch.autograd.grad(passed.rewards.sum(), leaf, retain_graph=True)
-    talk = passed.rewards + (direct * (fed - leaf.detach())).sum((-2, -1))
-    if value is not None:  # what is left out of the thought's part is what the adjoint has of it, r_ψ's and not r's
+    # The embedding's own part: of r at fixed thoughts, and what later thought tokens add to that of the value.
+    (of_reward,) = torch.autograd.grad(passed.rewards.sum(), leaf, retain_graph=True)
+    talk = passed.rewards + (of_reward * (fed - leaf.detach())).sum((-2, -1))
+    direct = of_reward
+    if value is not None:
         (direct,) = torch.autograd.grad(target.sum(), leaf, retain_graph=True)
     own = ((settings.feedback_discount * adjoint - direct) * fed).sum((-2, -1))
     return SoftThoughtPass(passed, talk, through + own, adjoint, leaf.detach())
@@ -91,11 +93,15 @@ def soft_thought_pass(
 def _weights(
     model: ThinkingLM, thoughts: Thoughts, relaxation: Relaxation, passed: ThoughtPass
 ) -> Float[Tensor, "N A S n K"]:
-    """p of every thought token, with a graph."""
-    support = thoughts.support
-    hidden = passed.thought_hidden.flatten(0, 3)
-    kept = model.policy.kept_logits(hidden, support.ids.flatten(0, 3))
-    return relaxation.weights(kept.view_as(support.ids), support)
+    """p of every thought token, with a graph; heads' rows are read in chunks, again in the backward pass."""
+    hidden, ids = passed.thought_hidden.flatten(0, 3), thoughts.support.ids.flatten(0, 3)
+    size = chunk_length(ids.shape[-1] * hidden.shape[-1])
+    if len(ids) <= size:
+        kept = model.policy.kept_logits(hidden, ids)
+    else:
+        pieces = zip(hidden.split(size), ids.split(size), strict=True)
+        kept = torch.cat([recomputed(model.policy.kept_logits, *piece) for piece in pieces])
+    return relaxation.weights(kept.view_as(thoughts.support.ids), thoughts.support)
 
 
 def _feedback(

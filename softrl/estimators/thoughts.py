@@ -18,7 +18,7 @@ from softrl.masking import token_mean
 from softrl.models.branches import BranchAttention
 from softrl.models.thinking import ThinkingLM
 from softrl.rewards.surrogate import RewardSurrogate
-from softrl.rollouts.anchors import Anchors, can_follow
+from softrl.rollouts.anchors import can_follow
 from softrl.rollouts.thoughts import ThoughtPass, ThoughtSource, text_log_probs, thought_embeds, thought_pass
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Texts, Thoughts
@@ -28,8 +28,8 @@ from softrl.types import Texts, Thoughts
 class ThoughtObjective:
     """What is minimised: `b · base + t · talk + p · policy − h · entropy`.
 
-    `base` is the NLL of all true tokens without thoughts, `talk` that of the n_talk tokens after each thought, both
-    means over tokens, nats. `policy` is the mean over anchors of the rule's losses, or minus the soft thoughts'
+    `base` is the NLL of all (counted) true tokens without thoughts, `talk` that of the n_talk tokens after each
+    thought, both means over tokens, nats. `policy` is the mean over anchors of the rule's losses, or minus the soft thoughts'
     surrogate; a thought's reward is a sum over its tokens. `entropy` is the mean over thought tokens.
 
     Args:
@@ -40,7 +40,6 @@ class ThoughtObjective:
         base_weight, talk_weight, policy_weight, entropy_weight: b, t, p, h.
         source: what was fed; thoughts that are not the policy's teach it nothing.
         attention: see `models.branches`.
-        base_after_thoughts: let `base` count the tokens that follow a thought only.
     Raises:
         ValueError: both or neither of rule and relaxation, or a negative weight.
     """
@@ -55,7 +54,6 @@ class ThoughtObjective:
     entropy_weight: float = 0.0
     source: ThoughtSource = "policy"
     attention: BranchAttention = "shared"
-    base_after_thoughts: bool = False
 
     def __post_init__(self) -> None:
         if (self.rule is None) == (self.relaxation is None):
@@ -121,11 +119,11 @@ def thought_loss(
         )  # fmt: skip
         passed, valid, embeds = soft.passed, is_valid(soft.passed), soft.embeds
         talk, policy = -soft.talk.mean(-1)[valid], -soft.thought.mean(-1)[valid]
-    base = _base_loss(texts, passed, objective)
+    base = _base_loss(texts, passed.text_log_probs)
     talk_mean = talk.sum() / passed.is_talk.sum().clamp(min=1)
     policy_mean = policy.sum() / max(len(policy), 1)
     thinking = thoughts.is_anchor[..., None, None].expand(passed.entropy.shape)
-    spread = token_mean(passed.entropy, thinking)
+    spread = token_mean(passed.entropy.flatten(1), thinking.flatten(1))
     loss = objective.base_weight * base + objective.talk_weight * talk_mean
     if objective.teaches_thoughts:
         loss = loss + objective.policy_weight * policy_mean
@@ -134,30 +132,16 @@ def thought_loss(
     return ThoughtLoss(loss, base, talk_mean, policy_mean, spread, passed, embeds.detach())
 
 
-def text_loss(
-    model: ThinkingLM, texts: Texts, anchors: Anchors, after_thoughts_only: bool
-) -> tuple[Float[Tensor, ""], Float[Tensor, "N T-1"]]:
-    """The base part alone, of a model that does not think, and log p of tokens 2..T.
+def text_loss(model: ThinkingLM, texts: Texts) -> Float[Tensor, ""]:
+    """The base part alone, of a model that does not think."""
+    return _base_loss(texts, text_log_probs(model, texts)[0])
 
-    Args:
-        anchors: where it would think.
-        after_thoughts_only: count only the tokens that follow those.
-    """
-    log_probs, _ = text_log_probs(model, texts)
+
+def _base_loss(texts: Texts, log_probs: Float[Tensor, "N t"]) -> Float[Tensor, ""]:
     counted = can_follow(texts)[:, :-1]
-    if after_thoughts_only:
-        where, is_anchor = anchors
-        chosen = torch.zeros_like(texts.mask).scatter(1, where, is_anchor)
-        # Rows that are filled up repeat their first anchor, which the scatter may have unmarked.
-        chosen[torch.arange(len(where)), where[:, 0]] = is_anchor[:, 0]
-        counted = counted & chosen[:, :-1]
-    return token_mean(-log_probs, counted), log_probs
-
-
-def _base_loss(texts: Texts, passed: ThoughtPass, objective: ThoughtObjective) -> Float[Tensor, ""]:
-    if objective.base_after_thoughts:
-        return token_mean(-passed.base_log_probs.flatten(1), passed.is_talk.flatten(1))
-    return token_mean(-passed.text_log_probs, can_follow(texts)[:, :-1])
+    if texts.counted is not None:
+        counted = counted & texts.counted[:, 1:]
+    return token_mean(-log_probs, counted)
 
 
 def is_valid(passed: ThoughtPass) -> Bool[Tensor, "N A"]:

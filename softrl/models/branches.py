@@ -53,6 +53,10 @@ def read_texts(policy: Policy, attention: BranchAttention, num_texts: int, devic
             f"attention={attention!r} needs a model whose state is keys and values, and {name} has another one; pass "
             "attention='naive'"
         )
+    if not policy.accepted({"position_ids": None}):
+        raise ValueError(
+            f"{name} takes its positions from slots, which are not those of branches; pass attention='naive'"
+        )
     if attention == "dense":
         return _DenseTexts(policy, mask)
     policy.refuse_checkpointing()
@@ -120,6 +124,9 @@ class _NaiveTexts(TextState):
 
     def extend(self, embeds: Float[Tensor, "N S D"], mask: Bool[Tensor, "N S"]) -> Float[Tensor, "N S D"]:
         self._appended(mask)
+        if (self.mask[:, 1:] & ~self.mask[:, :-1]).any() and not self.policy.honours_padding:
+            name = type(self.policy.causal_lm).__name__
+            raise ValueError(f"padding comes before a text, which {name} does not mask; pad on the right")
         self.embeds = embeds if self.embeds is None else torch.cat([self.embeds, embeds], 1)
         return decoded(self.policy, self.embeds, positions(self.mask), self.mask.long())[:, -embeds.shape[1] :]
 

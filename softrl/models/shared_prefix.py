@@ -1,7 +1,7 @@
 """Branches that share the keys and values of their text, through transformers' attention interface.
 
 Left out: attention with sinks, soft caps or a window shorter than the text; those models take "naive" branches.
-Source: ours (softrl maths, section 6); log-sum-exp merging as in Milakov and Gimelshein (2018), arXiv:1805.02867.
+The attention itself is in `prefix_attention`. Source: ours (softrl maths, section 6).
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from softrl.models.kv import GrowingLayer, KVCache, num_key_value_layers
 from softrl.models.policy import Policy
+from softrl.models.prefix_attention import reach_of, shared_prefix_attention
 from softrl.models.state import positions
 from softrl.models.text_state import Branches, TextState, check_window, decoded
 
@@ -68,6 +69,7 @@ class _SharedBranches(Branches):
         self.layers = [_BranchLayer(layer, anchors.shape[1]) for layer in texts.cache.ours]
         self.cache.layers = list(self.layers)
         self.visible = texts.visible(anchors)
+        self.reach = reach_of(self.visible)
         self.length = 0
         self.calls = 0
 
@@ -90,6 +92,8 @@ class _SharedBranches(Branches):
     def attend(self, index: int, query: Float[Tensor, "N H M d"], scaling: float) -> Float[Tensor, "N M H d"]:
         """Attention of layer `index`: queries of all branches, M = L * S, on the texts' keys and on their own."""
         self.calls += 1
+        if index >= len(self.layers):
+            raise ValueError(f"layer {index} attends to keys of another layer; pass attention='naive'")
         layer = self.layers[index]
         texts = layer.texts
         assert layer.keys is not None
@@ -97,48 +101,8 @@ class _SharedBranches(Branches):
         assert texts.keys is not None
         assert texts.values is not None
         return shared_prefix_attention(
-            query, texts.keys, texts.values, layer.keys, layer.values, self.visible, scaling
+            query, texts.keys, texts.values, layer.keys, layer.values, self.visible, self.reach, scaling
         )
-
-
-def shared_prefix_attention(
-    query: Float[Tensor, "N H M d"],
-    prefix_keys: Float[Tensor, "N J T d"],
-    prefix_values: Float[Tensor, "N J T e"],
-    own_keys: Float[Tensor, "N J L R d"],
-    own_values: Float[Tensor, "N J L R e"],
-    visible: Bool[Tensor, "N L T"],
-    scaling: float,
-) -> Float[Tensor, "N M H e"]:
-    """Softmax attention of branches over their text's keys and their own, merged by log-sum-exp.
-
-    `out = Σ_prefix exp(s − lse) v + Σ_own exp(s − lse) v`, `lse = logaddexp(lse_prefix, lse_own)`: no branch copies
-    the prefix, and neither set of scores is joined with the other.
-
-    Args:
-        query: of the newest S tokens of L branches, M = L * S; H heads on J ones of keys.
-        prefix_keys, prefix_values: of the texts.
-        own_keys, own_values: of the branches, R >= S tokens each, the newest last; attended causally.
-        visible: what a branch sees of its text, at least one slot.
-        scaling: of the scores.
-    """
-    num_heads, num_shared = query.shape[1], prefix_keys.shape[1]
-    groups, num_branches, length = num_heads // num_shared, own_keys.shape[2], own_keys.shape[3]
-    count = query.shape[2] // num_branches
-    together = query.unflatten(1, (num_shared, groups))  # N J G M d
-    apart = together.unflatten(3, (num_branches, count))  # N J G L S d
-    precise = torch.promote_types(query.dtype, torch.float32)
-    on_prefix = torch.einsum("njgmd,njtd->njgmt", together * scaling, prefix_keys).to(precise)
-    on_own = torch.einsum("njglsd,njlrd->njglsr", apart * scaling, own_keys).to(precise)
-    on_prefix = on_prefix.unflatten(3, (num_branches, count)).masked_fill(~visible[:, None, None, :, None], -torch.inf)
-    order = torch.arange(length, device=query.device)
-    on_own = on_own.masked_fill(order > order[length - count :, None], -torch.inf)
-    total = torch.logaddexp(on_prefix.logsumexp(-1), on_own.logsumexp(-1))[..., None]
-    of_prefix = (on_prefix - total).exp().to(query.dtype).flatten(3, 4)
-    of_own = (on_own - total).exp().to(query.dtype)
-    out = torch.einsum("njgmt,njte->njgme", of_prefix, prefix_values)
-    out = out + torch.einsum("njglsr,njlre->njglse", of_own, own_values).flatten(3, 4)
-    return out.flatten(1, 2).transpose(1, 2)
 
 
 _ACTIVE: ContextVar[_SharedBranches] = ContextVar("branches whose attention is computed")

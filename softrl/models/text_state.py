@@ -50,10 +50,11 @@ class TextState(ABC):
 
 
 def check_window(policy: Policy, longest: int) -> None:
-    """Raise ValueError where a sliding window would hide what branches see."""
+    """Raise ValueError where a sliding window, or a chunk, would hide what branches see."""
     config = policy.causal_lm.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    windows = [each for each in (sliding, getattr(config, "attention_chunk_size", None)) if each is not None]
+    if windows and (window := min(windows)) < longest:
         raise ValueError(
             f"the model attends through a window of {window} tokens, and text and branch have {longest}; shorten the "
             "texts, or pass attention='naive'"

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -116,6 +117,12 @@ class ThinkingLM(nn.Module):
         self.mixing = MixingHead(width, config.mixing_width or width, config.sigmoid).to(mean.device, dtype)
         self.log_z = ValueHead(width).to(mean.device, dtype) if learns_log_z else None
 
+    @torch.no_grad()
+    def start_like(self, ids: list[int], share: float = 1.0) -> None:
+        """Let thoughts start as after these tokens: `share` of their mean embedding in that which starts a thought."""
+        like = self.policy.embed(torch.tensor(ids, device=self.start.device)).mean(0)
+        self.start.lerp_(like.to(self.start.dtype), share)
+
     @property
     def config(self) -> Any:
         """The LM's configuration."""
@@ -174,17 +181,34 @@ class ThinkingLM(nn.Module):
             lm = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=is_trainable, **settings)
         else:
             lm = AutoModelForCausalLM.from_pretrained(folder, **settings)
-        state = load_file(folder / _WEIGHTS)
+        state = _own_tensors(folder)
         model = cls(lm, config, learns_log_z=any(name.startswith("log_z.") for name in state))
         model.load_own_state(folder)
         return model
 
     def load_own_state(self, folder: str | Path) -> None:
-        """Read the tensors beside the LM's from a folder that `save_pretrained` wrote."""
-        missing, unexpected = self.load_state_dict(load_file(Path(folder) / _WEIGHTS), strict=False)
-        missing = [name for name in missing if not name.startswith("lm.")]
+        """Read the tensors beside the LM's from a folder that `save_pretrained` wrote.
+
+        Raises:
+            ValueError: the file is missing, broken, or of a model with other tensors.
+        """
+        state, own = _own_tensors(folder), self.own_state()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unexpected:
             raise ValueError(f"{folder}/{_WEIGHTS} does not fit: it lacks {missing} and has {unexpected} besides")
+        if other := [name for name, value in state.items() if value.shape != own[name].shape]:
+            raise ValueError(f"{folder}/{_WEIGHTS} does not fit: {sorted(other)} have another shape in this model")
+        self.load_state_dict(state, strict=False)
+
+
+def _own_tensors(folder: str | Path) -> dict[str, Tensor]:
+    path = Path(folder) / _WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, beside {_SETTINGS}; the folder was not copied whole")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken ({error}); it was not copied whole") from error
 
 
 @torch.no_grad()
@@ -212,8 +236,16 @@ def load_thinking_config(folder: str | Path) -> ThinkingConfig:
             f"{folder} holds no model that thinks ({_SETTINGS} is missing); pass a folder that QuietSTaRTrainer or "
             "ThinkingLM.save_pretrained wrote"
         )
-    given = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds no settings, but {type(given).__name__}")
     known = {each.name for each in fields(ThinkingConfig)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"{path}: unknown settings {unknown}; this version knows {sorted(known)}")
-    return ThinkingConfig(**given)
+    try:
+        return ThinkingConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error

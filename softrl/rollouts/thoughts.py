@@ -8,7 +8,7 @@ Source: Zelikman et al. (2024), Quiet-STaR, arXiv:2403.09629; softrl maths, sect
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from softrl.models.branches import BranchAttention, read_texts
 from softrl.models.policy import Policy, chunk_length, evaluating, recomputed
+from softrl.models.state import positions
 from softrl.models.text_state import Branches
 from softrl.models.thinking import ThinkingLM
 from softrl.tokens.divergences import entropy
@@ -77,36 +78,69 @@ def thought_rollout(
         relaxation: think soft tokens; None: sampled ones.
         attention: see `models.branches`.
     Raises:
-        ValueError: anchors outside the texts, a random of another size, or a relaxation of what is not the policy's.
+        ValueError: anchors outside the texts, a random of another size, a relaxation of what is not the policy's, K
+            larger than V, or more tokens than the model's context holds.
     """
     check_anchors(texts, anchors, is_anchor)
+    if source not in get_args(ThoughtSource):
+        raise ValueError(f"source must be one of {get_args(ThoughtSource)}, got {source!r}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     rows = anchors.shape[1] * num_samples
     if (len(random), random.rows) != (len(anchors), rows):
         raise ValueError(
             f"random: expected {len(anchors)} streams of {rows} rows (anchors * samples), got {len(random)} of "
             f"{random.rows}"
         )
-    if relaxation is not None and source != "policy":
-        raise ValueError(f"a relaxation makes the policy's own thoughts soft; with source={source!r} leave it out")
-    steps: list[Support] = []
-    weights: list[Tensor] = []
-    policy = model.policy
     with evaluating(model):
-        branches = _branches(model, texts, anchors.repeat_interleave(num_samples, 1), attention)[1]
-        embeds = model.start.expand(len(anchors), rows, 1, -1)
-        for _ in range(model.thinking.n_thought):
-            hidden = branches.advance(embeds)[:, :, -1].flatten(0, 1)
-            support, fed = _thought_token(policy, hidden, source, relaxation, random)
-            embeds = policy.embed_soft(support.ids, fed).unflatten(0, (len(anchors), rows, 1))
-            if source == "pause":
-                embeds = model.pause.expand_as(embeds)
-            steps.append(support)
-            weights.append(fed)
+        each = anchors.repeat_interleave(num_samples, 1)
+        branches = _branches(model, texts, each, attention, 1 + model.thinking.n_thought)[1]
+        steps, weights, _ = think(model, branches, (len(anchors), rows), random, None, source, relaxation)
     shape = (*anchors.shape, num_samples)
     if not steps:
         return Thoughts(anchors, is_anchor, *_nothing(shape, anchors, model.start))
     support = Support.stacked(steps).mapped(lambda value: value.unflatten(0, shape))
     return Thoughts(anchors, is_anchor, support, torch.stack(weights, 1).unflatten(0, shape))
+
+
+def think(
+    model: ThinkingLM,
+    branches: Branches,
+    shape: tuple[int, int],
+    random: SequenceRandom,
+    num_tokens: int | None = None,
+    source: ThoughtSource = "policy",
+    relaxation: Relaxation | None = None,
+) -> tuple[list[Support], list[Float[Tensor, "M K"]], Float[Tensor, "N L 1 D"]]:
+    """Think on branches that have been fed nothing yet; called without gradients, in evaluation mode.
+
+    Args:
+        model, source, relaxation: see `thought_rollout`.
+        branches: L of each of N texts, M = N * L.
+        shape: N and L.
+        random: M rows together.
+        num_tokens: of a thought; None for the model's own number.
+    Returns:
+        A support and fed weights for every thought token, and an embedding that is still to be fed: the last token's.
+    Raises:
+        ValueError: a relaxation of what is not the policy's, or K larger than V.
+    """
+    if relaxation is not None and source != "policy":
+        raise ValueError(f"a relaxation makes the policy's own thoughts soft; with source={source!r} leave it out")
+    if relaxation is not None:
+        relaxation.truncation.check_vocabulary(model.policy.vocab_size)
+    steps: list[Support] = []
+    weights: list[Tensor] = []
+    embeds = model.start.expand(*shape, 1, -1)
+    for _ in range(model.thinking.n_thought if num_tokens is None else num_tokens):
+        hidden = branches.advance(embeds)[:, :, -1]
+        support, fed = _thought_tokens(model.policy, hidden, source, relaxation, random)
+        embeds = model.policy.embed_soft(support.ids, fed).unflatten(0, (*shape, 1))
+        if source == "pause":
+            embeds = model.pause.expand_as(embeds)
+        steps.append(support)
+        weights.append(fed)
+    return steps, weights, embeds
 
 
 def joined_thoughts(first: Thoughts, second: Thoughts) -> Thoughts:
@@ -143,12 +177,42 @@ def _nothing(shape: tuple[int, ...], anchors: Tensor, like: Tensor) -> tuple[Sup
 
 
 def _branches(
-    model: ThinkingLM, texts: Texts, anchors: Int[Tensor, "N L"], attention: BranchAttention
+    model: ThinkingLM, texts: Texts, anchors: Int[Tensor, "N L"], attention: BranchAttention, length: int
 ) -> tuple[Float[Tensor, "N T D"], Branches]:
-    """The texts' hidden states, and branches after the anchors."""
+    """The texts' hidden states, and branches after the anchors, which will have so many tokens."""
+    limit = model.policy.max_length
+    deepest = positions(texts.mask).gather(1, anchors).max().item() + 1 + length
+    if limit is not None and max(deepest, texts.mask.sum(-1).max().item()) > limit:
+        raise ValueError(
+            f"a text of {texts.mask.sum(-1).max()} tokens, with {length} of a thought and what it is scored by after "
+            f"its last anchor, exceeds the model's context of {limit}; shorten the texts, or think after fewer tokens"
+        )
     state = read_texts(model.policy, attention, len(texts.ids), texts.ids.device)
     hidden = state.extend(model.policy.embed(texts.ids), texts.mask)
     return hidden, state.branch(anchors)
+
+
+def _thought_tokens(
+    policy: Policy,
+    hidden: Float[Tensor, "N L D"],
+    source: ThoughtSource,
+    relaxation: Relaxation | None,
+    random: SequenceRandom,
+) -> tuple[Support, Float[Tensor, "M K"]]:
+    """One token of every thought, M = N * L, and the weights that are fed, with few logits at a time.
+
+    Which rows of a text draw together is decided by L and V alone, so that its draws are its own.
+    """
+    size, num_branches = chunk_length(policy.vocab_size), hidden.shape[1]
+    texts = max(1, size // num_branches)
+    pieces = [
+        _thought_token(policy, rows.flatten(0, 1), source, relaxation, random.part(which, rows.shape[1]))
+        for which in (slice(first, first + texts) for first in range(0, len(hidden), texts))
+        for rows in hidden[which].split(size, 1)
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    return Support.joined([support for support, _ in pieces]), torch.cat([fed for _, fed in pieces])
 
 
 def _thought_token(
@@ -205,14 +269,15 @@ def thought_pass(
         with_entropy: measure the entropy of thought tokens; else it is 0.
         with_hits: find out which true tokens are the likeliest ones; else none is.
     Raises:
-        ValueError: n_talk < 1, or texts of one token, which have none to predict.
+        ValueError: n_talk < 1, texts of one token, which have none to predict, or more tokens than the model's
+            context holds.
     """
     if n_talk < 1 or texts.ids.shape[1] < 2:
         raise ValueError(
             f"n_talk={n_talk} and texts of {texts.ids.shape[1]} tokens: both need at least one true token to predict"
         )
     n, shape = thoughts.length, thoughts.fed.shape[:3]
-    base, branches = _branches(model, texts, thoughts.branch_anchors, attention)
+    base, branches = _branches(model, texts, thoughts.branch_anchors, attention, n + 1 + n_talk)
     where, is_talk = talk_slots(texts, thoughts, n_talk)
     targets = _at(texts.ids[..., None], where)[..., 0]  # N A n_talk
     ends = [model.start, model.end]
@@ -234,8 +299,8 @@ def thought_pass(
 
 def text_log_probs(
     model: ThinkingLM, texts: Texts, with_hits: bool = False
-) -> tuple[Float[Tensor, "N T-1"], Bool[Tensor, "N T-1"]]:
-    """log p of tokens 2..T without thoughts, nats, and (if asked for) whether they are the likeliest ones."""
+) -> tuple[Float[Tensor, "N t"], Bool[Tensor, "N t"]]:
+    """log p of tokens 2..T without thoughts, t = T - 1, nats, and (if asked for) whether they are the likeliest."""
     hidden = read_texts(model.talk, "naive", len(texts.ids), texts.ids.device).extend(
         model.talk.embed(texts.ids), texts.mask
     )

@@ -191,18 +191,18 @@ def load_config(path: Path, find_recipe: Callable[[str], Path]) -> CompareConfig
     Raises:
         ValueError: not a mapping, an unknown or missing key, or a value that makes no study; the key is named.
     """
-    given = _mapping(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    _check_keys(given, CompareConfig, str(path), hidden={"base_settings"})
+    given = checked_mapping(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    check_keys(given, CompareConfig, str(path), hidden={"base_settings"})
     base = find_recipe(str(given["base"]))
     values = dict(given)
-    values["base_settings"] = _mapping(yaml.safe_load(base.read_text(encoding="utf-8")), str(base))
-    values["common"] = _mapping(given.get("common") or {}, f"{path}, common")
+    values["base_settings"] = checked_mapping(yaml.safe_load(base.read_text(encoding="utf-8")), str(base))
+    values["common"] = checked_mapping(given.get("common") or {}, f"{path}, common")
     _refuse_set_keys(values["common"], f"{path}, common")
-    values["betas"] = [float(beta) for beta in _filled(given, "betas", path)]
-    values["seeds"] = [int(seed) for seed in _filled(given, "seeds", path)]
+    values["betas"] = [float(beta) for beta in filled(given, "betas", path)]
+    values["seeds"] = [int(seed) for seed in filled(given, "seeds", path)]
     if given.get("tuning") is not None:
         values["tuning"] = _tuning(given["tuning"], path, values["seeds"])
-    values["methods"] = list(_methods(_filled(given, "methods", path), values, path))
+    values["methods"] = list(_methods(filled(given, "methods", path), values, path))
     _check_numbers(values, path)
     names = [method.name for method in values["methods"]]
     if given.get("reference") not in (None, *names):
@@ -212,8 +212,8 @@ def load_config(path: Path, find_recipe: Callable[[str], Path]) -> CompareConfig
 
 def _tuning(given: Any, path: Path, seeds: list[int]) -> Tuning:
     where = f"{path}, tuning"
-    _check_keys(_mapping(given, where), Tuning, where)
-    rates = [float(rate) for rate in _filled(given, "learning_rates", where)]
+    check_keys(checked_mapping(given, where), Tuning, where)
+    rates = [float(rate) for rate in filled(given, "learning_rates", where)]
     tuning = Tuning(**{**given, "learning_rates": rates})
     if tuning.criterion not in CRITERIA:
         raise ValueError(f"{where}: criterion must be one of {CRITERIA}, got {tuning.criterion!r}")
@@ -226,7 +226,7 @@ def _methods(given: list[Any], values: dict[str, Any], path: Path) -> Iterator[M
     names: set[str] = set()
     for number, each in enumerate(given, 1):
         where = f"{path}, method {number}"
-        settings = dict(_mapping(each, where))
+        settings = dict(checked_mapping(each, where))
         if not isinstance(settings.get("name"), str):
             raise ValueError(f"{where}: missing key 'name'")
         name = settings.pop("name")
@@ -268,15 +268,13 @@ def _check_numbers(values: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: max_seconds must be positive, got {seconds!r}")
 
 
-def _mapping(given: Any, where: str) -> dict[str, Any]:
+def checked_mapping(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: expected a mapping of keys to values, got {given!r}")
     return given
 
 
-def _check_keys(
-    given: dict[str, Any], kind: type, where: str, hidden: set[str] | frozenset[str] = frozenset()
-) -> None:
+def check_keys(given: dict[str, Any], kind: type, where: str, hidden: set[str] | frozenset[str] = frozenset()) -> None:
     known = [each for each in fields(kind) if each.name not in hidden]
     names = {each.name for each in known}
     if unknown := sorted(set(given) - names):
@@ -286,7 +284,7 @@ def _check_keys(
         raise ValueError(f"{where}: missing keys {missing}")
 
 
-def _filled(given: dict[str, Any], key: str, where: Any) -> list[Any]:
+def filled(given: dict[str, Any], key: str, where: Any) -> list[Any]:
     values = given[key]
     if not isinstance(values, list) or not values:
         raise ValueError(f"{where}: {key} must be a list of at least one, got {values!r}")

@@ -61,14 +61,22 @@ class EvaluationPoints(TrainerCallback):
     """Evaluates along a run, stops it, and counts its seconds: those between a step's beginning and its end.
 
     Args:
-        evaluate: measures the policy as it is now, given the step.
+        evaluate: measures the policy as it is now, given the step and the seconds so far.
         every_steps: optimizer steps between two evaluations.
         max_seconds: of training; a run that has used them up is evaluated and stopped.
+        every_seconds: of training between two evaluations, whatever the steps.
     """
 
-    def __init__(self, evaluate: Callable[[int, float], None], every_steps: int, max_seconds: float | None = None):
+    def __init__(
+        self,
+        evaluate: Callable[[int, float], None],
+        every_steps: int | None = None,
+        max_seconds: float | None = None,
+        every_seconds: float | None = None,
+    ):
         self.evaluate, self.every_steps, self.max_seconds = evaluate, every_steps, max_seconds
-        self.seconds = 0.0
+        self.every_seconds = every_seconds
+        self.seconds = self._evaluated = 0.0
         self.failure = ""
         self._begun = 0.0
 
@@ -82,10 +90,16 @@ class EvaluationPoints(TrainerCallback):
     ) -> TrainerControl:
         self.seconds += _now() - self._begun
         is_over = self.max_seconds is not None and self.seconds >= self.max_seconds
-        if is_over or state.global_step % self.every_steps == 0:
+        if is_over or self._is_due(state.global_step):
             self.evaluate(state.global_step, self.seconds)
+            self._evaluated = self.seconds
         control.should_training_stop = control.should_training_stop or is_over or bool(self.failure)
         return control
+
+    def _is_due(self, step: int) -> bool:
+        if self.every_seconds is not None and self.seconds - self._evaluated >= self.every_seconds:
+            return True
+        return self.every_steps is not None and step % self.every_steps == 0
 
     def on_log(
         self,

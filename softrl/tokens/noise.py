@@ -42,6 +42,12 @@ class SequenceRandom:
     def __len__(self) -> int:
         return len(self.generators)
 
+    def part(self, sequences: slice, rows: int) -> "SequenceRandom":
+        """Some of the streams, drawing so many rows each time; what is drawn there is gone here."""
+        part = SequenceRandom([], self.device, rows)
+        part.generators = self.generators[sequences]
+        return part
+
     def exponential(self, size: int, dtype: torch.dtype) -> Float[Tensor, "N size"]:
         """Exp(1) draws, strictly positive.
 

@@ -92,10 +92,16 @@ class QuietSTaRConfig(BaseConfig):
             and `0.0`):
             Weights of the loss without thoughts, of the mixed one after thoughts, of the thoughts' own, and of their
             entropy.
-        base_tokens (`str`, *optional*, defaults to `"all"`):
-            Which true tokens the loss without thoughts counts: `"all"`, or those that follow a `"thought"`.
         thinking_learning_rate (`float`, *optional*):
-            Of the mixing head and the learned embeddings; by default that of everything else.
+            Of the learned embeddings; by default that of everything else.
+        mixing_learning_rate (`float`, *optional*):
+            Of the mixing head; by default that of everything else. A small one keeps it from closing before thoughts
+            are of use.
+        start_text (`str`, *optional*):
+            Let the embedding that starts a thought begin as the mean of these tokens', by `start_share`; Quiet-STaR
+            took a dash, after which texts explain themselves.
+        start_share (`float`, *optional*, defaults to `1.0`):
+            Share of `start_text` in it; the rest is the mean of all tokens' embeddings.
 
         > Parameters that control soft thoughts
 
@@ -173,12 +179,12 @@ class QuietSTaRConfig(BaseConfig):
     talk_weight: float = field(default=1.0, metadata={"help": "Weight of the loss after thoughts."})
     policy_weight: float = field(default=1.0, metadata={"help": "Weight of the thoughts' loss."})
     entropy_weight: float = field(default=0.0, metadata={"help": "Weight of the thoughts' entropy."})
-    base_tokens: str = field(
-        default="all", metadata={"help": "Tokens of the loss without thoughts.", "choices": ["all", "thought"]}
-    )
     thinking_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of mixing head and learned embeddings."}
+        default=None, metadata={"help": "Learning rate of the learned embeddings."}
     )
+    mixing_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the mixing head."})
+    start_text: str | None = field(default=None, metadata={"help": "What thoughts' start begins as."})
+    start_share: float = field(default=1.0, metadata={"help": "Share of start_text in it."})
 
     relaxation: str = field(default="st_gumbel", metadata={"help": "Relaxation.", "choices": list(RELAXATIONS)})
     top_k: int = field(default=64, metadata={"help": "Kept ids of a soft token (K), at most V."})
@@ -225,7 +231,7 @@ class QuietSTaRConfig(BaseConfig):
             raise ValueError(f"max_length must leave a token to predict, so be at least 2, got {self.max_length}")
         choices = {
             "think_at": get_args(ThinkAt), "thoughts": get_args(ThoughtsFed), "proposal": get_args(Proposal),
-            "branch_attention": get_args(BranchAttention), "base_tokens": ("all", "thought"),
+            "branch_attention": get_args(BranchAttention),
             "estimator": (SOFT, *THOUGHT_RULES),
         }  # fmt: skip
         for name, allowed in choices.items():
@@ -239,6 +245,8 @@ class QuietSTaRConfig(BaseConfig):
                 f"estimator='soft' differentiates the policy's own thoughts: proposal={self.proposal!r} and "
                 f"estimator_settings={self.estimator_settings} are of sampled ones; leave them out"
             )
+        if not 0.0 <= self.start_share <= 1.0:
+            raise ValueError(f"start_share is a share, from 0 to 1, got {self.start_share}")
         if self.proposal == "mixture" and self.num_thoughts % 2:
             raise ValueError(
                 f"proposal='mixture' draws half of the thoughts from each, so num_thoughts must be even, got "
@@ -295,5 +303,4 @@ class QuietSTaRConfig(BaseConfig):
         return ThoughtObjective(
             self.n_talk, self.make_rule(), relaxation, self.adjoint_settings(), self.base_weight, self.talk_weight,
             self.policy_weight, self.entropy_weight, source, self.branch_attention,
-            self.base_tokens == "thought",
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN, padded_texts, text_rows
+from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
 from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, text_loss, thought_loss
 from softrl.models.policy import check_policy, evaluating, evaluation_mode
 from softrl.models.thinking import ThinkingLM
@@ -109,7 +109,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         elif eval_dataset is not None:
             eval_dataset = rows(eval_dataset, "eval_dataset")
         set_seed(args.seed)  # adapters and the mixing head are initialised at random
-        thinking = thinking_model(model, args, quantization_config, peft_config)
+        thinking = thinking_model(model, args, quantization_config, peft_config, tokenizer)
         check_policy(thinking.talk)
         top_k = min(args.top_k, thinking.policy.vocab_size)
         self.relaxation = args.make_relaxation(top_k) if args.is_soft else None
@@ -122,6 +122,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         self._metrics = MetricLog()
         self._engine_is_checked = False
         self.last_evaluation: list[ThoughtSample] = []
+        self.thoughts_sampled = 0  # by this process since it began
         super().__init__(
             model=thinking,
             args=args,
@@ -149,7 +150,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", INDEX_COLUMN, ANCHOR_COLUMN]
+            self._signature_columns = ["input_ids", INDEX_COLUMN, ANCHOR_COLUMN, MASK_COLUMN]
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if isinstance(eval_dataset, Dataset) and INDEX_COLUMN not in eval_dataset.column_names:
@@ -189,13 +190,14 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         texts = padded_texts(inputs, self.accelerator.device)
         evaluation_mode(unwrapped)
         if not self.args.thinks:
-            return self._loss_without_thoughts(model, texts, inputs)
+            return self._loss_without_thoughts(model, texts)
         with self._metrics.timed("thoughts"), self.accelerator.autocast():
             where = self.anchors(unwrapped, texts, inputs, offset=self.state.global_step)
             thoughts = self._think(unwrapped, texts, where, inputs)
         with self.accelerator.autocast():
             extras = self._extras(unwrapped, texts, thoughts, inputs)
             output = self._redirect(model, unwrapped, self._loss, texts, thoughts, extras)
+        self.thoughts_sampled += int(thoughts.is_anchor.sum()) * thoughts.num_samples
         self._record(thoughts, output, texts, length)
         if self.surrogate is not None and thoughts.length:
             with self._metrics.timed("surrogate"):
@@ -206,12 +208,10 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         model = self.accelerator.unwrap_model(self.model)
         return thought_loss(model, texts, thoughts, self.objective, extras)
 
-    def _loss_without_thoughts(self, model: nn.Module, texts: Texts, rows: list[dict[str, Any]]) -> Tensor:
+    def _loss_without_thoughts(self, model: nn.Module, texts: Texts) -> Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            where = self.anchors(unwrapped, texts, rows, offset=self.state.global_step)
-            settings = (unwrapped, texts, where, self.objective.base_after_thoughts)
-            loss, _ = self._redirect(model, unwrapped, text_loss, *settings)
+            loss = self._redirect(model, unwrapped, text_loss, unwrapped, texts)
         self._metrics.add({"base_nll": self.accelerator.gather(loss.detach()[None]).mean().item()})
         self._count_tokens(texts)
         return loss
@@ -297,14 +297,19 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        rate = self.args.thinking_learning_rate
-        if rate is None or any(group.get("name") == "thinking" for group in optimizer.param_groups):
+        rates = {"mixing": self.args.mixing_learning_rate, "thinking": self.args.thinking_learning_rate}
+        if {group.get("name") for group in optimizer.param_groups} & rates.keys():
             return optimizer
-        named = (self.model if model is None else model).named_parameters()
-        own = {id(parameter): parameter for name, parameter in named if not name.startswith("lm.")}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-        optimizer.add_param_group({"params": list(own.values()), "lr": rate, "weight_decay": 0.0, "name": "thinking"})
+        named = dict((self.model if model is None else model).named_parameters())
+        for name, rate in rates.items():
+            if rate is None:
+                continue
+            own = [value for key, value in named.items() if key.startswith("mixing.") == (name == "mixing")
+                   and not key.startswith("lm.")]  # fmt: skip
+            taken = {id(parameter) for parameter in own}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0, "name": name})
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from softrl.assets import resolve_model, write_atomically
@@ -79,6 +79,7 @@ def thinking_model(
     args: QuietSTaRConfig,
     quantization_config: Any = None,
     peft_config: PeftConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ThinkingLM:
     """What a trainer trains: a model that thinks already, or one that is taught to by `args`.
 
@@ -98,7 +99,16 @@ def thinking_model(
             )
         return model
     lm = with_adapter(load_model(model, args, quantization_config), peft_config)
-    return ThinkingLM(lm, args.thinking_config(), learns_log_z=args.estimator == "partition_learned")
+    thinking = ThinkingLM(lm, args.thinking_config(), learns_log_z=args.estimator == "partition_learned")
+    if args.start_text is not None:
+        ids = [] if tokenizer is None else tokenizer(args.start_text, add_special_tokens=False).input_ids
+        if not ids:
+            raise ValueError(
+                f"start_text={args.start_text!r} has no tokens, or there is no tokenizer; pass a text and "
+                "processing_class"
+            )
+        thinking.start_like(ids, args.start_share)
+    return thinking
 
 
 def frozen_prior(model: ThinkingLM) -> ThinkingLM:

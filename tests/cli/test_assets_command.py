@@ -38,6 +38,7 @@ def test_list_shows_what_is_there_and_what_is_not(cache, capsys, monkeypatch):
         f"the reward 196.9 kB {cache / 'sentiment-reward-49152-abc'}",
         "right on reviews it was not fitted on: rotten tomatoes snippets 74.4%, imdb whole 87.0%",
         "sentiment judge absent run `softrl assets`",
+        "Shakespeare's works absent run `softrl assets`",
         'toxicity classifier absent fetched for the reward "nontoxic"',
         "",
         "total 34.8 MB",
@@ -75,8 +76,9 @@ def test_everything_is_made_in_order(cache, monkeypatch, argv, rebuild):
         (assets, "language_model"),
         (fit, "sentiment_reward"),
         (fit, "sentiment_judge"),
+        (assets, "shakespeare_texts"),
     ]:
         monkeypatch.setattr(owner, name, lambda *, rebuild, name=name: made.append((name, rebuild)))
     assert main(["assets", *argv]) == 0
-    names = ["reviews_csv", "encoder", "language_model", "sentiment_reward", "sentiment_judge"]
+    names = ["reviews_csv", "encoder", "language_model", "sentiment_reward", "sentiment_judge", "shakespeare_texts"]
     assert made == [(name, rebuild) for name in names]
