@@ -22,6 +22,7 @@ from softrl.estimators.system import AdjointSettings
 from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
 from softrl.estimators.thought_exact import ThoughtTruth, expected_value
 from softrl.estimators.thoughts import ThoughtExtras, log_proposal, scored_thoughts, trusted_value
+from softrl.models.branches import BranchAttention
 from softrl.models.policy import evaluating
 from softrl.models.thinking import ThinkingLM
 from softrl.rewards.surrogate import RewardSurrogate
@@ -47,6 +48,7 @@ Proposal = Literal["policy", "prior", "mixture", "halves"]
 Reference = Literal["none", "policy", "prior"]  # of scores; "policy": its own frozen copy, as at the start of a run
 Prior = Literal["model", "uniform"]
 
+_ATTENTION: BranchAttention = "dense"  # the gradients of a batch of draws at once need torch's own operations alone
 _POLICY, _PRIOR, _CHAIN, _COIN = range(4)  # streams of random numbers of a text's draw
 
 
@@ -116,7 +118,7 @@ class ThoughtProblem:
     objective: ThoughtTruth = "mean"
     part: Part = "thought"
     seed: int = 0
-    batch: int = 16
+    batch: int = 8
 
     def __post_init__(self) -> None:
         self._sampled: dict[tuple[int, int, int, str], tuple[Thoughts, float]] = {}
@@ -176,7 +178,7 @@ class ThoughtProblem:
     def passed(self, thoughts: Thoughts, count: int) -> tuple[ThoughtPass, Float[Tensor, "N A S n D"]]:
         """Hard thoughts about `count` repetitions of the texts, with a graph, and their embeddings."""
         embeds = thought_embeds(self.model, thoughts, "policy")
-        return thought_pass(self.model, self._texts(count), thoughts, self.n_talk, embeds), embeds
+        return thought_pass(self.model, self._texts(count), thoughts, self.n_talk, embeds, _ATTENTION), embeds
 
     @torch.no_grad()
     def log_prior(self, thoughts: Thoughts, count: int) -> Float[Tensor, "N A S"]:
@@ -282,7 +284,7 @@ class ThoughtProblem:
         value = None if estimator.surrogate is None else partial(trusted_value, estimator.surrogate, thoughts)
         soft = soft_thought_pass(
             self.model, self._texts(count), thoughts, self.n_talk, estimator.relaxation, estimator.adjoint,
-            value,
+            value, _ATTENTION,
         )  # fmt: skip
         total = soft.thought if self.part == "thought" else soft.thought + soft.talk
         return total.view(count, -1).mean(1)
