@@ -30,6 +30,7 @@ from transformers import (
 
 from softrl.assets import WordVocabulary
 from softrl.models.gru import GRUConfig, GRUForCausalLM
+from softrl.models.thinking import ThinkingConfig, ThinkingLM
 from softrl.rewards.aligned_reward_model import AlignedClassifierReward
 from softrl.rewards.base import WeightedRewards
 from softrl.rewards.discriminator import Discriminator
@@ -96,7 +97,9 @@ def gpt2(seed: int = 0, tied: bool = True) -> nn.Module:
 def gru(seed: int = 0, tied: bool = True) -> nn.Module:
     """A recurrent state instead of keys and values."""
     config = GRUConfig(vocab_size=V, hidden_size=12, num_hidden_layers=2, tie_word_embeddings=tied)
-    return _redraw(GRUForCausalLM(config), seed, 0.7)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # its cells' biases are not redrawn
+        return _redraw(GRUForCausalLM(config), seed, 0.7)
 
 
 def mamba(seed: int = 0, tied: bool = True) -> nn.Module:
@@ -126,6 +129,17 @@ def rwkv(seed: int = 0, tied: bool = True) -> nn.Module:
         tie_word_embeddings=tied, bos_token_id=0, eos_token_id=EOS, rescale_every=0,
     )  # fmt: skip
     return _redraw(RwkvForCausalLM(config), seed, 0.4)
+
+
+def thinking(lm=None, learns_log_z=False, redraw=True, **settings):
+    """A tiny model that thinks, its mixing head and embeddings drawn away from their start."""
+    model = ThinkingLM(gpt2() if lm is None else lm, ThinkingConfig(**settings), learns_log_z)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters() if redraw else ():
+            if not name.startswith("lm."):
+                parameter.normal_(0.0, 0.4, generator=generator)
+    return model
 
 
 ALL_MODELS = {"llama": llama, "gpt2": gpt2, "gru": gru, "mamba": mamba, "gemma3": gemma3}

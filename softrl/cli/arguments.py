@@ -12,8 +12,15 @@ import yaml
 
 BUILTIN_DATASET = "review-openings"
 KEYWORDS_DATASET = "review-keywords"
+RANKINGS_DATASET = "review-rankings"
+TEXTS_DATASET = "review-texts"
+EMBEDDED_DATASETS = (BUILTIN_DATASET, KEYWORDS_DATASET, RANKINGS_DATASET, TEXTS_DATASET)
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
-TRAINERS = ("soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "trl_rloo", "trl_grpo")
+TRAINERS = (
+    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "trl_rloo", "trl_grpo",
+)  # fmt: skip
+# They sample no completions of prompts, and what they read has its scores: their data sets by default.
+WITHOUT_REWARDS = {"listwise": RANKINGS_DATASET, "quietstar": TEXTS_DATASET}
 
 
 @dataclass
@@ -23,11 +30,14 @@ class DataArguments:
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"review-openings"`):
-            `"review-openings"` or `"review-keywords"` (sentences to be written from their keywords, embedded), a hub
-            name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl,
-            .csv, .parquet or .txt file with a `prompt` column of texts or of conversations, which go through the
-            tokenizer's chat template (a text file has one prompt a line). Rewards and metrics that compare need a
-            column `reference`: a text, or a list of texts, as it would follow the prompt, its leading space included.
+            `"review-openings"`, `"review-keywords"` (sentences to be written from their keywords),
+            `"review-rankings"` (four sentences that begin alike, scored by the token-linear classifier; the default of
+            `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"`), all embedded; a hub name,
+            a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a `prompt`
+            column of texts or of conversations, which go through the tokenizer's chat template (a text file has one
+            prompt a line). Rewards and metrics that compare need a column `reference`: a text, or a list of texts, as
+            it would follow the prompt, its leading space included. `"listwise"` needs `completions` and `rewards` or
+            `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`.
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of a hub data set or folder.
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
@@ -36,14 +46,15 @@ class DataArguments:
             Length of `review-openings` in tokens.
         reference_length_tokens (`int`, *optional*, defaults to `0`):
             Give `review-openings` so many of the tokens that follow as references; 0 for none. Those of
-            `review-keywords` are whole sentences of at most so many tokens, 24 for 0.
+            `review-keywords`, and the sentences of `review-rankings`, are whole and of at most so many tokens, 24 for
+            0.
         prompt_prefix (`str`, *optional*, defaults to `""`):
             Text put before every prompt that is text; an error for conversations.
     """
 
     dataset_name: str = field(
         default=BUILTIN_DATASET,
-        metadata={"help": "'review-openings', 'review-keywords', a hub name, a folder or a file."},
+        metadata={"help": f"One of {', '.join(map(repr, EMBEDDED_DATASETS))}, a hub name, a folder or a file."},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
@@ -62,8 +73,10 @@ class TrainArguments(DataArguments):
     Args:
         trainer (`str`, *optional*, defaults to `"soft_rollout"`):
             `"soft_rollout"`, `"reinforce"` (and its `estimator`), `"ppo"`, `"text_gan"` and `"reinforce_gan"` (whose
-            `reward_funcs` name `"discriminator"`; the data set needs a column `reference`), or TRL's own `"trl_rloo"`
-            and `"trl_grpo"` on the same data and rewards. Keys of another trainer are ignored, and named.
+            `reward_funcs` name `"discriminator"`; the data set needs a column `reference`), `"listwise"` (on ranked
+            completions in the data set; neither rewards nor a judge), `"quietstar"` (thoughts, on plain text; neither,
+            too), or TRL's own `"trl_rloo"` and `"trl_grpo"`
+            on the same data and rewards. Keys of another trainer are ignored, and named.
         gradient_statistics (`bool`, *optional*, defaults to `False`):
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
             `gradient_accumulation_steps` of at least 2.
@@ -104,6 +117,8 @@ def config_class(trainer: str) -> type:
         "ppo": trainers.PPOConfig,
         "text_gan": trainers.TextGANConfig,
         "reinforce_gan": trainers.ReinforceGANConfig,
+        "listwise": trainers.ListwisePreferenceConfig,
+        "quietstar": trainers.QuietSTaRConfig,
         "trl_rloo": trl_config.TrlRLOOConfig,
         "trl_grpo": trl_config.TrlGRPOConfig,
     }
@@ -116,6 +131,8 @@ def make_parser(prog: str = "softrl train", trainer: str = TRAINERS[0]) -> Any:
 
     parser = TrlParser((TrainArguments, config_class(trainer), ModelConfig), prog=prog, allow_abbrev=False)
     parser.set_defaults(model_name_or_path="smollm2-135m")
+    if trainer in WITHOUT_REWARDS:
+        parser.set_defaults(dataset_name=WITHOUT_REWARDS[trainer], reward_funcs=[], judge="none")
     parser.epilog = (
         "Several processes: --accelerate_config NAME|PATH runs the command under `accelerate launch`; NAME is one of "
         "ddp, fsdp2, zero1, zero2, zero3, cpu, ddp_cpu; --num_processes N and other options of the launch go with it."
@@ -248,6 +265,14 @@ def find_recipe(name: str) -> Path:
         ValueError: there is none; the message lists those there are.
     """
     return find_shipped("recipes", name, "recipe")
+
+
+def find_study(name: str) -> Path:
+    """A study's recipe by path or name; those that are shipped lie in a folder of their own."""
+    try:
+        return find_recipe(name)
+    except ValueError:
+        return find_recipe(f"studies/{name}")
 
 
 def find_shipped(folder_name: str, name: str, kind: str) -> Path:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -38,6 +37,7 @@ def _run(given: argparse.Namespace, argv: list[str]) -> int:
     import datasets
     from transformers.utils import logging
 
+    from softrl.cli.arguments import find_study
     from softrl.cli.train import build_trainer, find_recipe, load_judge, load_prompts, parse
     from softrl.studies.compare import Study, Tools
     from softrl.studies.compare_config import load_config
@@ -45,7 +45,7 @@ def _run(given: argparse.Namespace, argv: list[str]) -> int:
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    config = load_config(_recipe(given.config), find_recipe)
+    config = load_config(find_study(given.config), find_recipe)
     if given.output_dir is not None:
         config = dataclasses.replace(config, output_dir=given.output_dir)
     methods = _chosen(given.methods, {method.name: method for method in config.methods}, "--methods")
@@ -65,16 +65,6 @@ def _run(given: argparse.Namespace, argv: list[str]) -> int:
     written = write_report(config, study.records(), f"softrl compare {' '.join(argv)}")
     print(f"Written to {', '.join(map(str, written))}.")
     return 0
-
-
-def _recipe(name: str) -> Path:
-    """A recipe by path or name; those of studies lie in a folder of their own."""
-    from softrl.cli.train import find_recipe
-
-    try:
-        return find_recipe(name)
-    except ValueError:
-        return find_recipe(f"studies/{name}")
 
 
 def _chosen(wanted: list[Any] | None, known: dict[Any, Any], option: str) -> list[Any]:

@@ -98,15 +98,16 @@ def _look(given: argparse.Namespace, recipe: list[str]) -> int:
 
 
 def _found(given: argparse.Namespace, recipe: list[str]) -> "RecipeFootprint | None":
-    """The recipe as the formula sees it; None for TRL's own trainers, which can only be measured."""
+    """The recipe as the formula sees it; None for trainers that can only be measured."""
     from datasets import disable_progress_bars
 
+    from softrl.cli.arguments import WITHOUT_REWARDS
     from softrl.cli.recipe_footprint import recipe_footprint
     from softrl.cli.train import parse
 
     disable_progress_bars()
     arguments, training_args, model_args = parse(recipe, PROG)
-    if arguments.trainer.startswith("trl_") and given.measure:
+    if given.measure and (arguments.trainer.startswith("trl_") or arguments.trainer in WITHOUT_REWARDS):
         return None
     return recipe_footprint(arguments, training_args, model_args)
 

@@ -9,7 +9,10 @@ USAGE = """usage: softrl evaluate --config RECIPE [--checkpoint FOLDER] [--key v
 
 Samples the held-out prompts of a recipe of `softrl train` twice, from the policy that a run began with and from what
 it left in `output_dir`, with the same random streams. Prints reward, judge, KL, diversity and perplexity before and
-after, with completions; writes before.json and after.json into the run's folder.
+after, with completions; writes before.json and after.json into the run's folder. A run of `--trainer listwise` is
+measured by how it orders the held-out sets of completions; what it writes is shown by any recipe that samples and has
+the same adapter: softrl evaluate --config quickstart --checkpoint FOLDER --output_dir ELSEWHERE. One of `--trainer
+quietstar` by the likelihood of held-out text with and without thoughts.
 
   --checkpoint FOLDER  another folder with a model or an adapter; "latest" for the run's last checkpoint
   --key value          any key of `softrl train`
@@ -35,9 +38,10 @@ def _evaluate(argv: list[str]) -> int:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from transformers.utils import logging
 
+    from softrl.cli.arguments import WITHOUT_REWARDS
     from softrl.cli.quickstart import evaluated
     from softrl.cli.train import build_trainer, parse
-    from softrl.studies.report import print_report, save_samples
+    from softrl.studies.report import print_ranked_report, print_report, save_samples
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -49,13 +53,43 @@ def _evaluate(argv: list[str]) -> int:
     trainer = build_trainer(arguments, training_args, model_args)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    before = evaluated(trainer, "as training began")
+    if arguments.trainer == "quietstar":
+        return _evaluate_thoughts(trainer, folder)
+    measure, report = evaluated, print_report
+    if arguments.trainer in WITHOUT_REWARDS:
+        measure, report = _ordered, print_ranked_report
+    before = measure(trainer, "as training began")
     load_trained(trainer, folder)
-    after = evaluated(trainer, f"of {folder}")
+    after = measure(trainer, f"of {folder}")
     for name, samples in (("before", before), ("after", after)):
         save_samples(samples, Path(training_args.output_dir) / f"{name}.json")
-    print_report(before, after)
+    report(before, after)
     return 0
+
+
+def _evaluate_thoughts(trainer: Any, folder: Path) -> int:
+    """What the tokens of held-out text cost with and without thoughts, as training began and after it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    print(f"thinking about {len(trainer.eval_dataset)} held-out texts as training began ...", flush=True)
+    before = trainer.evaluate()
+    trainer.load_thinking(folder)
+    print(f"and as {folder} does ...", flush=True)
+    after = trainer.evaluate()
+    table = Table("", "before", "after", title=f"{len(trainer.eval_dataset)} held-out texts, nats a token")
+    for name in ("nll", "base_nll", "gain", "nll_hard", "base_nll_hard", "accuracy", "base_accuracy", "mixing"):
+        if f"eval_{name}" in after:
+            table.add_row(name, *(f"{metrics[f'eval_{name}']:.4f}" for metrics in (before, after)))
+    Console().print(table)
+    return 0
+
+
+def _ordered(trainer: Any, when: str) -> list[Any]:
+    from softrl.trainers.listwise_evaluation import evaluate_sets
+
+    print(f"ordering {len(trainer.eval_dataset)} held-out sets {when} ...", flush=True)
+    return evaluate_sets(trainer, trainer.eval_dataset)
 
 
 def _checkpoint_argument(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from softrl.cli.arguments import TrainArguments
+from softrl.cli.arguments import WITHOUT_REWARDS, TrainArguments
 from softrl.models.shape import AdapterShape, ModelShape
 from softrl.studies.footprint import Footprint, footprint
 from softrl.studies.step_plan import DEEPSPEED, Engine, Method, Precision, Sharding, StepPlan
@@ -54,7 +54,7 @@ def recipe_footprint(arguments: TrainArguments, training_args: Any, model_args: 
     """Read shapes and prompts; the configuration of the model is needed, its weights are not.
 
     Raises:
-        ValueError: a model, data set or setting that cannot be read, or one of TRL's own trainers.
+        ValueError: a model, data set or setting that cannot be read, or a trainer that is none of our rollouts'.
     """
     from transformers import AutoConfig, AutoTokenizer
     from trl import get_peft_config
@@ -62,9 +62,10 @@ def recipe_footprint(arguments: TrainArguments, training_args: Any, model_args: 
     from softrl.assets import resolve_model
     from softrl.models.shape import adapter_shape, model_shape
 
-    if arguments.trainer.startswith("trl_"):
+    if arguments.trainer.startswith("trl_") or arguments.trainer in WITHOUT_REWARDS:
+        what = "samples nothing" if arguments.trainer in WITHOUT_REWARDS else "is TRL's own"
         raise ValueError(
-            f"trainer={arguments.trainer!r} is TRL's own, whose memory is not estimated; --measure measures it"
+            f"trainer={arguments.trainer!r} {what}, and its memory is not estimated; --measure measures it"
         )
     name = resolve_model(model_args.model_name_or_path)
     try:

@@ -115,7 +115,7 @@ def load_thinking(folder: str) -> tuple[Any, Any]:
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="a recipe's path, or its name: thoughts/pointer_chasing")
+    parser.add_argument("--config", required=True, help="a recipe's path, or its name: thoughts-pointer")
     parser.add_argument("--output_dir", help="where runs and report go (the recipe's)")
 
 
@@ -160,11 +160,11 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _study(given: argparse.Namespace) -> Any:
-    from softrl.cli.arguments import find_recipe
+    from softrl.cli.arguments import find_study
     from softrl.studies.thought_config import load_config
     from softrl.studies.thought_run import ThoughtStudy
 
-    return ThoughtStudy(load_config(find_recipe(given.config), given.output_dir))
+    return ThoughtStudy(load_config(find_study(given.config), given.output_dir))
 
 
 # name -> (its arguments, what it does with them, one line for --help)

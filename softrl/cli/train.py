@@ -6,7 +6,11 @@ from typing import Any
 
 from softrl.cli.arguments import (
     BUILTIN_DATASET,
+    EMBEDDED_DATASETS,
     KEYWORDS_DATASET,
+    RANKINGS_DATASET,
+    TEXTS_DATASET,
+    WITHOUT_REWARDS,
     DataArguments,
     TrainArguments,
     find_recipe,
@@ -35,6 +39,8 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
 
     from softrl.assets import resolve_model
 
+    if arguments.trainer in WITHOUT_REWARDS:
+        _check_without_rewards(arguments)
     name = resolve_model(model_args.model_name_or_path)
     loading = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     if model_args.attn_implementation is not None:
@@ -68,15 +74,27 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
             "ppo": "PPOTrainer",
             "text_gan": "TextGANTrainer",
             "reinforce_gan": "ReinforceGANTrainer",
+            "listwise": "ListwisePreferenceTrainer",
+            "quietstar": "QuietSTaRTrainer",
         }
         trainer_class = getattr(trainers, ours[arguments.trainer])
-        judge = load_judge(arguments.judge)
-        trainer = trainer_class(reward_funcs=arguments.reward_funcs, judge=judge, **settings)
+        if arguments.trainer not in WITHOUT_REWARDS:
+            settings |= {"reward_funcs": arguments.reward_funcs, "judge": load_judge(arguments.judge)}
+        trainer = trainer_class(**settings)
     if arguments.gradient_statistics:
         from softrl.trainers.gradient_statistics import GradientStatisticsCallback
 
         GradientStatisticsCallback().add_to(trainer)
     return trainer
+
+
+def _check_without_rewards(arguments: TrainArguments) -> None:
+    for name, given in (("reward_funcs", arguments.reward_funcs), ("judge", arguments.judge)):
+        if given not in ([], "none"):
+            raise ValueError(
+                f"trainer={arguments.trainer!r} learns from the data set alone and calls no {name}: got {given!r}. "
+                "Leave it out; scores of ranked completions belong into the column 'rewards'"
+            )
 
 
 def _trl_trainer(arguments: TrainArguments, settings: dict[str, Any]) -> Any:
@@ -135,12 +153,25 @@ def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
         longest = arguments.reference_length_tokens or 24
         train, test = (review_keywords(tokenizer, count, longest, split) for split, count in counts.items())
         return train, test
+    if name == RANKINGS_DATASET:
+        from softrl.data.rankings import review_rankings
+        from softrl.rewards.fit import token_linear_judge
+
+        score, longest = token_linear_judge(), arguments.reference_length_tokens or 24
+        train, test = (review_rankings(tokenizer, count, score, longest, split) for split, count in counts.items())
+        return train, test
+    if name == TEXTS_DATASET:
+        from softrl.data.reviews import load_reviews
+
+        parts = {"train": "reward", "test": "prompts"}
+        train, test = (load_reviews(parts[split]).select(range(count)) for split, count in counts.items())
+        return train.select_columns(["text"]), test.select_columns(["text"])
     from softrl.data.files import read_data_set
 
-    splits = read_data_set(name, (BUILTIN_DATASET, KEYWORDS_DATASET))
+    splits = read_data_set(name, EMBEDDED_DATASETS)
     if Path(name).is_file():
         loaded = splits["train"]
-        if Path(name).suffix == ".txt":
+        if Path(name).suffix == ".txt" and getattr(arguments, "trainer", None) != "quietstar":
             loaded = loaded.rename_column("text", "prompt")
         if len(loaded) < 2:
             raise ValueError(f"dataset_name={name!r} has {len(loaded)} prompts; it needs two, one to hold out")
@@ -185,8 +216,8 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    from softrl.trainers import ListwisePreferenceConfig, QuietSTaRConfig, RolloutConfig
     from softrl.trainers.checkpoints import latest_checkpoint
-    from softrl.trainers.rollout_config import RolloutConfig
 
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -196,9 +227,8 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder; pass one, or 'latest'")
         return str(wanted)
     folder = training_args.output_dir
-    newest = (
-        latest_checkpoint if isinstance(training_args, RolloutConfig) else get_last_checkpoint
-    )  # TRL's have no list
+    ours = isinstance(training_args, RolloutConfig | ListwisePreferenceConfig | QuietSTaRConfig)
+    newest = latest_checkpoint if ours else get_last_checkpoint  # TRL's have no list
     last = newest(folder) if Path(folder).is_dir() else None
     if last is None:
         raise ValueError(f"resume_from_checkpoint={wanted!r}, but {folder} holds no checkpoint to resume from")

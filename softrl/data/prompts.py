@@ -40,6 +40,15 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return encoded["input_ids"]
 
 
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, as chat templates take them."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
+    )
+
+
 def review_openings(
     tokenizer: PreTrainedTokenizerBase,
     num_prompts: int,

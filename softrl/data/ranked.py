@@ -6,6 +6,8 @@ have different sizes. A text is ended by the end of sequence, as TRL's DPOTraine
 """
 
 import math
+import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softrl.data.prompts import prompt_ids
+from softrl.data.prompts import is_conversation, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,7 @@ def ranked_batch(
     sequences, ranks, rewards = [], [], []
     for number, row in enumerate(rows):
         check_ranked_row(row, number)
-        prompt = prompt_ids(row["prompt"], tokenizer)
-        if max_length is not None and len(prompt) >= max_length:
-            raise ValueError(
-                f"a prompt has {len(prompt)} tokens and max_length={max_length} leaves no room for its completions; "
-                "raise max_length, or leave the row out"
-            )
+        prompt = _checked_prompt_ids(row["prompt"], tokenizer, max_length, number)
         for completion in row["completions"]:
             answer = _completion_ids(row["prompt"], completion, prompt, tokenizer)
             sequences.append((len(prompt), [*prompt, *answer][:max_length]))
@@ -75,22 +72,84 @@ def ranked_batch(
     )
 
 
+def check_ranked_rows(
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, needs: str = ""
+) -> None:
+    """Look at a whole data set before a run: its last row may be the one that is wrong.
+
+    Args:
+        rows, tokenizer, max_length: as in `ranked_batch`; what it would refuse is refused here, but that answers are
+            tokenised of the first row only.
+        needs: what makes `rewards` needed, for the error's text; empty where a ranking will do.
+    Raises:
+        ValueError: there are no rows, or a row cannot be learned from; the message names it.
+    """
+    number = -1
+    for number, row in enumerate(rows):
+        check_ranked_row(row, number)
+        if needs and row.get("rewards") is None:
+            raise ValueError(
+                f"{needs} needs the column 'rewards', and row {number} has a ranking alone; it has {_given(row)}"
+            )
+        _checked_prompt_ids(row["prompt"], tokenizer, max_length, number)
+        if number == 0:
+            ranked_batch([row], tokenizer, max_length)
+    if number < 0:
+        raise ValueError(
+            "the data set has no rows; it needs at least one with prompt, completions, rewards or ranking"
+        )
+
+
 def check_ranked_row(row: dict[str, Any], number: int) -> None:
     """Raise a ValueError that names what is wrong with a row of the data set."""
     for name in ("prompt", "completions"):
         if row.get(name) is None:
-            raise ValueError(f"row {number} has no {name!r}; it has {sorted(row)}")
-    completions = row["completions"]
+            raise ValueError(f"row {number} has no {name!r}; it has {_given(row)}")
+    prompt, completions = row["prompt"], row["completions"]
+    if not isinstance(prompt, str) and not is_conversation(prompt):
+        raise ValueError(f"row {number}: a prompt is text or a list of messages, got {reprlib.repr(prompt)}")
     if not isinstance(completions, list) or len(completions) < 2:
-        raise ValueError(f"row {number}: completions must be a list of two or more, got {completions!r}")
+        raise ValueError(f"row {number}: completions must be a list of two or more, got {reprlib.repr(completions)}")
+    for completion in completions:
+        if not isinstance(completion, str) and not (is_conversation(completion) and not isinstance(prompt, str)):
+            raise ValueError(
+                f"row {number}: a completion is text, or a list of messages where the prompt is one, got "
+                f"{reprlib.repr(completion)}"
+            )
+    _check_numbers(row, number)
+
+
+def _check_numbers(row: dict[str, Any], number: int) -> None:
+    completions = row["completions"]
     given = [name for name in ("rewards", "ranking") if row.get(name) is not None]
     if not given:
-        raise ValueError(f"row {number} has neither 'rewards' nor 'ranking' for its completions; it has {sorted(row)}")
+        raise ValueError(f"row {number} has neither 'rewards' nor 'ranking' for its completions; it has {_given(row)}")
     for name in given:
+        if not isinstance(row[name], list):
+            raise ValueError(f"row {number}: {name} must be a list of numbers, got {reprlib.repr(row[name])}")
         if len(row[name]) != len(completions):
             raise ValueError(f"row {number}: {len(completions)} completions and {len(row[name])} {name}")
-        if not all(math.isfinite(value) for value in row[name]):
-            raise ValueError(f"row {number}: {name} must be finite numbers, got {row[name]}")
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in row[name]):
+            raise ValueError(f"row {number}: {name} must be finite numbers, got {reprlib.repr(row[name])}")
+
+
+def _given(row: dict[str, Any]) -> list[str]:
+    """What a row has; readers of files give it the columns of all others, empty."""
+    return sorted(name for name, value in row.items() if value is not None)
+
+
+def _checked_prompt_ids(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, number: int
+) -> list[int]:
+    ids = prompt_ids(prompt, tokenizer)
+    if not ids:
+        raise ValueError(f"row {number}: the prompt is empty; every prompt needs at least one token")
+    if max_length is not None and len(ids) >= max_length:
+        raise ValueError(
+            f"row {number}: the prompt has {len(ids)} tokens and max_length={max_length} leaves no room for its "
+            "completions; raise max_length, or leave the row out"
+        )
+    return ids
 
 
 def _ranks(row: dict[str, Any]) -> list[float]:

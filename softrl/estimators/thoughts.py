@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softrl.estimators.soft_thoughts import soft_thought_pass
 from softrl.estimators.system import AdjointSettings
 from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
-from softrl.masking import token_mean
+from softrl.masking import per_sequence_sum, token_mean
 from softrl.models.branches import BranchAttention
 from softrl.models.thinking import ThinkingLM
 from softrl.rewards.surrogate import RewardSurrogate
@@ -29,8 +29,8 @@ class ThoughtObjective:
     """What is minimised: `b · base + t · talk + p · policy − h · entropy`.
 
     `base` is the NLL of all (counted) true tokens without thoughts, `talk` that of the n_talk tokens after each
-    thought, both means over tokens, nats. `policy` is the mean over anchors of the rule's losses, or minus the soft thoughts'
-    surrogate; a thought's reward is a sum over its tokens. `entropy` is the mean over thought tokens.
+    thought, both means over tokens, nats. `policy` is the mean over anchors of the rule's losses, or minus the soft
+    thoughts' surrogate; a thought's reward is a sum over its tokens. `entropy` is the mean over thought tokens.
 
     Args:
         n_talk: true tokens that a thought is scored by.
@@ -99,10 +99,17 @@ class ThoughtLoss:
 
 
 def thought_loss(
-    model: ThinkingLM, texts: Texts, thoughts: Thoughts, objective: ThoughtObjective, extras: ThoughtExtras
+    model: ThinkingLM,
+    texts: Texts,
+    thoughts: Thoughts,
+    objective: ThoughtObjective,
+    extras: ThoughtExtras,
+    others: Texts | None = None,
 ) -> ThoughtLoss:
     """See `ThoughtObjective`. Call it inside the wrapped model's forward.
 
+    Args:
+        others: texts of the same batch that are not thought about; `base` counts them too.
     Raises:
         ValueError: what `thought_pass` and the rule raise.
     """
@@ -119,7 +126,10 @@ def thought_loss(
         )  # fmt: skip
         passed, valid, embeds = soft.passed, is_valid(soft.passed), soft.embeds
         talk, policy = -soft.talk.mean(-1)[valid], -soft.thought.mean(-1)[valid]
-    base = _base_loss(texts, passed.text_log_probs)
+    parts = [(texts, passed.text_log_probs)]
+    if others is not None:
+        parts.append((others, text_log_probs(model, others)[0]))
+    base = _base_loss(parts)
     talk_mean = talk.sum() / passed.is_talk.sum().clamp(min=1)
     policy_mean = policy.sum() / max(len(policy), 1)
     thinking = thoughts.is_anchor[..., None, None].expand(passed.entropy.shape)
@@ -134,14 +144,19 @@ def thought_loss(
 
 def text_loss(model: ThinkingLM, texts: Texts) -> Float[Tensor, ""]:
     """The base part alone, of a model that does not think."""
-    return _base_loss(texts, text_log_probs(model, texts)[0])
+    return _base_loss([(texts, text_log_probs(model, texts)[0])])
 
 
-def _base_loss(texts: Texts, log_probs: Float[Tensor, "N t"]) -> Float[Tensor, ""]:
-    counted = can_follow(texts)[:, :-1]
-    if texts.counted is not None:
-        counted = counted & texts.counted[:, 1:]
-    return token_mean(-log_probs, counted)
+def _base_loss(parts: list[tuple[Texts, Tensor]]) -> Float[Tensor, ""]:
+    """Mean NLL of all counted tokens, from texts and log p of their tokens 2..T."""
+    nlls, counts = [], []
+    for texts, log_probs in parts:
+        counted = can_follow(texts)[:, :-1]
+        if texts.counted is not None:
+            counted = counted & texts.counted[:, 1:]
+        nlls.append(per_sequence_sum(-log_probs, counted).sum())
+        counts.append(counted.sum())
+    return torch.stack(nlls).sum() / torch.stack(counts).sum().clamp(min=1)
 
 
 def is_valid(passed: ThoughtPass) -> Bool[Tensor, "N A"]:
@@ -210,7 +225,7 @@ def _by_rule(
 ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"]]:
     """Talk and policy losses of the valid anchors."""
     valid = is_valid(passed)
-    if not objective.teaches_thoughts or objective.rule is None or thoughts.length == 0:
+    if not objective.teaches_thoughts or objective.rule is None or thoughts.length == 0 or not valid.any():
         talk = -passed.rewards[valid].mean(-1)
         return talk, torch.zeros_like(talk)
     scored = scored_thoughts(model, thoughts, passed, extras, embeds)

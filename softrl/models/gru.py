@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
@@ -105,3 +105,8 @@ class GRUForCausalLM(GRUPreTrainedModel):
         """Logits of the next token at every position."""
         hidden = self.model(input_ids, attention_mask, inputs_embeds).last_hidden_state
         return CausalLMOutput(logits=self.lm_head(hidden))
+
+
+# So that transformers' Auto classes load what was saved; whoever loads by them imports this module.
+AutoConfig.register(GRUConfig.model_type, GRUConfig)
+AutoModelForCausalLM.register(GRUConfig, GRUForCausalLM)

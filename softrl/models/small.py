@@ -20,6 +20,7 @@ def small_llama(
     heads: int = 4,
     context_length: int = 128,
     seed: int = 0,
+    initializer_range: float | None = None,
 ) -> LlamaForCausalLM:
     """A Llama with tied embeddings and random weights; the defaults have about 1M parameters with 84 characters.
 
@@ -30,6 +31,7 @@ def small_llama(
         heads: attention heads, from 1, each with its own keys and values.
         context_length: `max_position_embeddings`, which generation goes by; thoughts count.
         seed: of the weights; the global random state is left as it was.
+        initializer_range: standard deviation of the weights; None for 1 / sqrt(width).
     Raises:
         ValueError: a number out of range, or a width that the heads do not divide.
     """
@@ -42,10 +44,13 @@ def small_llama(
             f"width must be a multiple of 2 * heads = {2 * heads}, got {width}; choose {_next(width, 2 * heads)}, or "
             "other heads"
         )
+    deviation = width**-0.5 if initializer_range is None else initializer_range
+    if not deviation > 0.0:
+        raise ValueError(f"initializer_range is a standard deviation and must be positive, got {initializer_range}")
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=_next(int(width * _MLP_RATIO), 8),
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=context_length, tie_word_embeddings=True, initializer_range=width**-0.5,
+        max_position_embeddings=context_length, tie_word_embeddings=True, initializer_range=deviation,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

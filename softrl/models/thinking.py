@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import softrl.models.gru  # noqa: F401 - which transformers then knows
 from softrl._store import write_atomically
 from softrl.models.heads import ValueHead
 from softrl.models.policy import Policy

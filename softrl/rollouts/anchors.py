@@ -22,14 +22,8 @@ def can_follow(texts: Texts) -> Bool[Tensor, "N T"]:
 
 
 def selected(chosen: Bool[Tensor, "N T"]) -> Anchors:
-    """Anchors from a mask over slots, in order; rows with fewer are filled up, and marked.
-
-    Raises:
-        ValueError: no slot is chosen in any row.
-    """
-    count = int(chosen.sum(-1).max())
-    if count == 0:
-        raise ValueError("no text of this batch has a token to think after: every one is shorter than two tokens")
+    """Anchors from a mask over slots, in order; rows with fewer are filled up, and marked. At least one column."""
+    count = max(1, int(chosen.sum(-1).max()))
     order = chosen.long().argsort(dim=-1, descending=True, stable=True)[:, :count]
     is_anchor = chosen.gather(1, order)
     first_real = order[:, :1].expand_as(order)
@@ -40,7 +34,7 @@ def every_kth(texts: Texts, interval: int, offset: int = 0) -> Anchors:
     """After every `interval`-th token, from the `offset`-th on (from 0, modulo the interval); 1 is after every token.
 
     Raises:
-        ValueError: interval < 1, or texts without a token to think after.
+        ValueError: interval < 1.
     """
     if interval < 1:
         raise ValueError(f"interval must be at least 1, got {interval}")
@@ -53,7 +47,7 @@ def by_entropy(policy: Policy, texts: Texts, count: int) -> Anchors:
     """After the `count` tokens of each text whose next token the policy is least sure of.
 
     Raises:
-        ValueError: count < 1, or texts without a token to think after.
+        ValueError: count < 1.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")

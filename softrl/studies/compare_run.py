@@ -17,7 +17,7 @@ from softrl.models.policy import Policy
 from softrl.rewards.resolve import resolve_rewards
 from softrl.studies.compare_config import Run
 from softrl.tokens.truncation import Truncation
-from softrl.trainers import PPOConfig, ReinforceConfig, RolloutConfig
+from softrl.trainers import ListwisePreferenceConfig, PPOConfig, ReinforceConfig, RolloutConfig
 from softrl.trainers.evaluation import Judge, Sample, evaluate_policy, metrics_of_texts, summary
 
 Record = dict[str, Any]
@@ -34,7 +34,13 @@ class Cycle:
 
     @staticmethod
     def of(args: Any) -> "Cycle":
-        """That of a trainer's arguments: PPO's epochs and TRL's iterations go over a rollout several times."""
+        """That of a trainer's arguments: PPO's epochs and TRL's iterations go over a rollout several times.
+
+        Raises:
+            ValueError: the trainer has no rollouts.
+        """
+        if isinstance(args, ListwisePreferenceConfig):
+            raise ValueError("ranked completions are read, not sampled, and samples are what methods are compared by")
         sequences = args.per_device_train_batch_size * args.world_size
         if isinstance(args, RolloutConfig):
             steps = args.steps_per_rollout if isinstance(args, PPOConfig) else 1

@@ -11,6 +11,7 @@ from rich.table import Table
 from softrl.assets import write_atomically
 from softrl.studies.entropy_bound import plot_adjoint
 from softrl.trainers.evaluation import Sample, summary
+from softrl.trainers.listwise_evaluation import RankedSet
 from softrl.trainers.soft_rollout_trainer import ADJOINT_NORM_AT
 
 _ROWS = (
@@ -84,8 +85,42 @@ def print_report(before: list[Sample], after: list[Sample]) -> None:
     console.print(r"\[number]: hard reward of the completion.")
 
 
-def save_samples(samples: list[Sample], path: Path) -> None:
-    """Completions and their numbers as JSON."""
+_RANKED_ROWS = {
+    "loss": "loss",
+    "accuracy": "pairs ordered rightly by log π - log π_ref",
+    "policy_accuracy": "pairs ordered rightly by log π",
+    "margin": "β (log π - log π_ref), the best less the others",
+}
+
+
+def ranked_table(before: list[RankedSet], after: list[RankedSet]) -> Table:
+    """Measures of the same held-out sets before and after training, each a mean over sets with its standard error."""
+    table = Table(title=f"{len(after)} held-out sets of ranked completions", title_justify="left")
+    table.add_column("")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    for name, label in _RANKED_ROWS.items():
+        pairs = [(getattr(old, name), getattr(new, name)) for old, new in zip(before, after, strict=True)]
+        kept = [pair for pair in pairs if None not in pair]
+        if not kept:  # every set is one tie
+            continue
+        zeros = [0.0] * len(kept)
+        old, new = zip(*kept, strict=True)
+        means = [paired_change(zeros, values) for values in (old, new)] + [paired_change(old, new)]
+        forms = ("{:.3f} ± {:.3f}", "{:.3f} ± {:.3f}", "{:+.3f} ± {:.3f}")
+        table.add_row(label, *(form.format(*values) for form, values in zip(forms, means, strict=True)))
+    return table
+
+
+def print_ranked_report(before: list[RankedSet], after: list[RankedSet]) -> None:
+    """The table of ranked sets, on standard output."""
+    console = Console(width=max(100, Console().width))  # a cut label would not say what was measured
+    console.print(ranked_table(before, after))
+    console.print("± is one standard error over sets; the change is paired by set. Pairs that tie are left out.")
+
+
+def save_samples(samples: Sequence[Sample | RankedSet], path: Path) -> None:
+    """Completions, or sets of them, and their numbers as JSON."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps([asdict(sample) for sample in samples], indent=1), encoding="utf-8")
 
@@ -102,7 +137,7 @@ def load_samples(path: Path) -> list[Sample]:
 def plot_run(log_history: list[dict[str, float]], folder: Path) -> list[Path]:
     """`curves.png` and, where adjoint norms were logged, `adjoint.png`; nothing for a run without a logged step."""
     written = []
-    if any("reward/hard" in row for row in log_history):
+    if any({"reward/hard", "rewards/margins", "base_nll"} & row.keys() for row in log_history):
         written.append(folder / "curves.png")
         plot_training(log_history, written[-1])
     norms = adjoint_norms(log_history)
@@ -139,8 +174,17 @@ _PANELS = (
         "eval_distinct_2": "distinct-2, held out",
     }),
     ("perplexity under the base", {"eval_base_perplexity": "perplexity, held out"}),
+    ("pairs in the right order", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
+    ("margin of the best", {"rewards/margins": "training", "eval_rewards/margins": "held out"}),
+    ("NLL of true tokens, nats", {
+        "nll": "after thoughts", "base_nll": "without", "eval_nll": "after thoughts, held out",
+        "eval_base_nll": "without, held out",
+    }),
+    ("weight of thoughts", {"mixing": "training", "eval_mixing": "held out"}),
+    ("log-probability of a thought token, nats", {"thought_log_prob": "thoughts"}),
     ("seconds a step", {
         "step_time/rollout": "rollout", "step_time/cotangents": "cotangents", "step_time/surrogate": "surrogate",
+        "step_time/thoughts": "thoughts",
     }),
 )  # fmt: skip
 

@@ -170,6 +170,7 @@ def make_start(run: ThoughtRun, task: Task, write: Callable[[str], None]) -> Non
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with write_folder_atomically(folder) as temporary:
         trainer.model.lm.save_pretrained(temporary)
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softrl.data.prompts import Prompt, prompt_ids
+from softrl.data.prompts import Prompt, is_conversation, prompt_ids
 from softrl.masking import is_any_of
 from softrl.types import Prompts
 
@@ -119,7 +119,7 @@ def prompt_batch(
 
 def _encoded(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
     """Token ids of a prompt, after a look at what it is; `where` names its row."""
-    if not isinstance(prompt, str) and not _is_conversation(prompt):
+    if not isinstance(prompt, str) and not is_conversation(prompt):
         raise TypeError(
             f"{where}: a prompt is text or a list of messages with `role` and `content`, got {reprlib.repr(prompt)}"
         )
@@ -127,14 +127,6 @@ def _encoded(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> lis
     if not ids:
         raise ValueError(f"{where}: the prompt is empty; every prompt needs at least one token")
     return ids
-
-
-def _is_conversation(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, list)
-        and len(prompt) > 0
-        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)
-    )
 
 
 def prompt_text(prompt: Prompt) -> str:

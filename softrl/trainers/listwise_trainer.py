@@ -1,7 +1,6 @@
 """`ListwisePreferenceTrainer`: learns from several ranked completions of a prompt. The losses are in `objectives`."""
 
 import copy
-from collections import defaultdict
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from softrl.data.ranked import RankedBatch, check_ranked_row, ranked_batch
+from softrl.data.ranked import RankedBatch, check_ranked_rows, ranked_batch
 from softrl.objectives.listwise import (
     listwise_cross_entropy,
     noise_contrastive,
@@ -95,7 +94,8 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
         evaluation_sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *evaluation_sets):
             if dataset is not None:
-                _check_first(dataset, args)
+                needs = f"loss_type={args.loss_type!r}" if args.needs_rewards else ""
+                check_ranked_rows(dataset, tokenizer, args.max_length, needs)
         set_seed(args.seed)  # adapters are initialised at random
         model = with_adapter(load_model(model, args, quantization_config), peft_config)
         self.reference = ref_model
@@ -105,7 +105,7 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
             for each in (model, self.reference):
                 if each is not None:
                     disable_dropout_in_model(each)
-        self._seen: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._sums: dict[str, Tensor | float] = {"train": 0.0, "eval": 0.0}  # since the last log
         self._engine_is_checked = False
         super().__init__(
             model=model,
@@ -136,7 +136,7 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
         if not self._engine_is_checked and model.training:
             check_wrapped(self.accelerator, model)
             self._engine_is_checked = True
-        log_ratio = inputs.by_set(completion_log_probs(model, inputs) - self._reference_log_probs(model, inputs))
+        log_ratio = inputs.by_set(completion_log_probs(model, inputs) - self.reference_log_probs(model, inputs))
         loss = self.losses(log_ratio, inputs).mean()
         self._record(log_ratio.detach() * self.args.beta, inputs, "train" if model.training else "eval")
         return (loss, log_ratio) if return_outputs else loss
@@ -164,7 +164,7 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
         return loss(scores, target_weights(rewards, args.reward_temperature, mask), mask)
 
     @torch.no_grad()
-    def _reference_log_probs(self, model: nn.Module, batch: RankedBatch) -> Float[Tensor, "M"]:
+    def reference_log_probs(self, model: nn.Module, batch: RankedBatch) -> Float[Tensor, "M"]:
         if self.reference is not None:
             return completion_log_probs(self.reference, batch)
         with without_adapters(self.accelerator.unwrap_model(model)):
@@ -176,18 +176,10 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
         ranks, mask = batch.ranks.masked_fill(~batch.mask, torch.inf), batch.mask
         best = ranks == ranks.min(-1, keepdim=True).values
         others = mask & ~best
-        ordered = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-        right = (scores[:, :, None] > scores[:, None, :]) & ordered
+        right, ordered = pairs_in_order(scores, batch)
         sums = ((scores * best).sum(), best.sum(), (scores * others).sum(), others.sum(), right.sum(), ordered.sum())
         gathered = self.accelerator.gather(torch.stack([each.float() for each in sums])[None]).sum(0)
-        chosen, num_best, rejected, num_others, num_right, num_ordered = gathered.tolist()
-        chosen, rejected = chosen / max(num_best, 1.0), rejected / max(num_others, 1.0)
-        values = {
-            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-            "rewards/accuracies": num_right / max(num_ordered, 1.0),
-        }  # fmt: skip
-        for name, value in values.items():
-            self._seen[mode][name].append(value)
+        self._sums[mode] = self._sums[mode] + gathered
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -198,7 +190,7 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **settings: Any) -> EvalLoopOutput:
         """The host's, with the metrics of ranked items among its own, where the best model is looked for by them."""
-        self._seen["eval"].clear()
+        self._sums["eval"] = 0.0
         output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **settings)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._drained("eval").items()})
         return output
@@ -207,8 +199,15 @@ class ListwisePreferenceTrainer(CheckpointMixin, BaseTrainer):
         super().log({**logs, **self._drained("train")} if "loss" in logs else logs, start_time)
 
     def _drained(self, mode: str) -> dict[str, float]:
-        seen, self._seen[mode] = self._seen[mode], defaultdict(list)
-        return {name: sum(values) / len(values) for name, values in seen.items()}
+        sums, self._sums[mode] = self._sums[mode], 0.0
+        if not isinstance(sums, Tensor):
+            return {}
+        chosen, num_best, rejected, num_others, num_right, num_ordered = sums.tolist()
+        chosen, rejected = chosen / max(num_best, 1.0), rejected / max(num_others, 1.0)
+        return {
+            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+            "rewards/accuracies": num_right / max(num_ordered, 1.0),
+        }  # fmt: skip
 
 
 def completion_log_probs(model: nn.Module, batch: RankedBatch) -> Float[Tensor, "M"]:
@@ -220,8 +219,10 @@ def completion_log_probs(model: nn.Module, batch: RankedBatch) -> Float[Tensor, 
     return (taken * batch.completion[:, 1:]).sum(-1)
 
 
-def _check_first(dataset: Dataset, args: ListwisePreferenceConfig) -> None:
-    row = dataset[0]
-    check_ranked_row(row, 0)
-    if args.needs_rewards and row.get("rewards") is None:
-        raise ValueError(f"loss_type={args.loss_type!r} needs the column 'rewards'; the data set has {sorted(row)}")
+def pairs_in_order(scores: Float[Tensor, "N S"], batch: RankedBatch) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    """Pairs of each set that scores order as the ranks do, equal scores counting half, and all that are not ties."""
+    ranks, mask = batch.ranks, batch.mask
+    ordered = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    differences = scores[:, :, None] - scores[:, None, :]
+    right = (differences.sign() + 1.0) / 2.0 * ordered
+    return right.sum((1, 2)), ordered.sum((1, 2)).to(scores.dtype)

@@ -217,7 +217,17 @@ class QuietSTaRConfig(BaseConfig):
         if self.is_soft:
             self.make_relaxation(self.top_k)
             self.adjoint_settings()
-        self.objective(self.make_relaxation(self.top_k) if self.is_soft else None)
+        objective = self.objective(self.make_relaxation(self.top_k) if self.is_soft else None)
+        if objective.rule is not None and objective.teaches_thoughts and self.thinks:
+            self._check_count(objective.rule)
+
+    def _check_count(self, rule: ThoughtRule) -> None:
+        least = rule.least_thoughts
+        if self.num_thoughts < least and max(self.lengths.ends()) > 0:
+            raise ValueError(
+                f"estimator={self.estimator!r} compares thoughts: num_thoughts must be at least {least}, got "
+                f"{self.num_thoughts}; one does for 'reinforce' with estimator_settings={{'baseline': 'batch'}}"
+            )
 
     def _check_numbers(self) -> None:
         at_least = {

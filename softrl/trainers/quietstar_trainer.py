@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
 from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, text_loss, thought_loss
+from softrl.masking import token_mean
 from softrl.models.policy import check_policy, evaluating, evaluation_mode
 from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.anchors import Anchors, by_entropy, every_kth, given
@@ -187,37 +188,50 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
     ) -> Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
         length = self._follow_curriculum(unwrapped)
-        texts = padded_texts(inputs, self.accelerator.device)
         evaluation_mode(unwrapped)
         if not self.args.thinks:
-            return self._loss_without_thoughts(model, texts)
+            self._count_tokens(inputs)
+            return self._loss_without_thoughts(model, self._texts(inputs))
+        rows, others = self._split(inputs)
+        texts = self._texts(rows)
         with self._metrics.timed("thoughts"), self.accelerator.autocast():
-            where = self.anchors(unwrapped, texts, inputs, offset=self.state.global_step)
-            thoughts = self._think(unwrapped, texts, where, inputs)
+            where = self.anchors(unwrapped, texts, rows, offset=self.state.global_step)
+            thoughts = self._think(unwrapped, texts, where, rows)
         with self.accelerator.autocast():
-            extras = self._extras(unwrapped, texts, thoughts, inputs)
-            output = self._redirect(model, unwrapped, self._loss, texts, thoughts, extras)
+            extras = self._extras(unwrapped, texts, thoughts, rows)
+            beside = self._texts(others) if others else None
+            output = self._redirect(model, unwrapped, self._loss, texts, thoughts, extras, beside)
         self.thoughts_sampled += int(thoughts.is_anchor.sum()) * thoughts.num_samples
-        self._record(thoughts, output, texts, length)
+        self._record(thoughts, output, length)
+        self._count_tokens(inputs)
         if self.surrogate is not None and thoughts.length:
             with self._metrics.timed("surrogate"):
                 self._metrics.add(self.surrogate.learn(thoughts, output.passed, output.embeds, self.accelerator))
         return output.loss
 
-    def _loss(self, texts: Texts, thoughts: Thoughts, extras: ThoughtExtras) -> ThoughtLoss:
+    def _texts(self, rows: list[dict[str, Any]]) -> Texts:
+        return padded_texts(rows, self.accelerator.device)
+
+    def _split(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows to think about, and those that name no place to; all are of the first kind where no row names one."""
+        if self.args.think_at != "given" or not any(row[ANCHOR_COLUMN] for row in rows):
+            return rows, []
+        return [row for row in rows if row[ANCHOR_COLUMN]], [row for row in rows if not row[ANCHOR_COLUMN]]
+
+    def _loss(self, texts: Texts, thoughts: Thoughts, extras: ThoughtExtras, others: Texts | None) -> ThoughtLoss:
         model = self.accelerator.unwrap_model(self.model)
-        return thought_loss(model, texts, thoughts, self.objective, extras)
+        return thought_loss(model, texts, thoughts, self.objective, extras, others)
 
     def _loss_without_thoughts(self, model: nn.Module, texts: Texts) -> Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             loss = self._redirect(model, unwrapped, text_loss, unwrapped, texts)
         self._metrics.add({"base_nll": self.accelerator.gather(loss.detach()[None]).mean().item()})
-        self._count_tokens(texts)
         return loss
 
-    def _count_tokens(self, texts: Texts) -> None:
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(texts.mask.sum()[None]).sum())
+    def _count_tokens(self, rows: list[dict[str, Any]]) -> None:
+        here = torch.tensor([sum(len(row["input_ids"]) for row in rows)], device=self.accelerator.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(here).sum())
 
     def _follow_curriculum(self, model: ThinkingLM) -> int:
         length = int(self.args.lengths.at(self.state.global_step, max(self.state.max_steps, 1)))
@@ -273,19 +287,23 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
             return thought_pass(model, texts, thoughts, 1, embeds, self.args.branch_attention).log_probs.sum(-1)
 
     @torch.no_grad()
-    def _record(self, thoughts: Thoughts, output: ThoughtLoss, texts: Texts, length: int) -> None:
+    def _record(self, thoughts: Thoughts, output: ThoughtLoss, length: int) -> None:
         passed = output.passed
         valid = passed.is_talk[..., 0]
+
+        def mean(values: Tensor) -> Tensor:
+            return token_mean(values, valid)  # 0 where no text has a token to think after
+
         talk, base = passed.talk_log_probs[..., 0], passed.base_log_probs[..., 0]
         values = {
             "loss/base": output.base, "loss/talk": output.talk, "loss/policy": output.policy,
-            "nll": -talk.mean(-1)[valid].mean(), "base_nll": -base[valid].mean(),
-            "reward": passed.rewards.mean(-1)[valid].mean(),
-            "reward_std": passed.rewards.std(-1, unbiased=False)[valid].mean(),
-            "mixing": passed.mixing[..., 0].mean(-1)[valid].mean(),
+            "nll": -mean(talk.mean(-1)), "base_nll": -mean(base),
+            "reward": mean(passed.rewards.mean(-1)),
+            "reward_std": mean(passed.rewards.std(-1, unbiased=False)),
+            "mixing": mean(passed.mixing[..., 0].mean(-1)),
         }  # fmt: skip
         if thoughts.length:
-            values["thought_log_prob"] = passed.log_probs.mean((-2, -1))[valid].mean()
+            values["thought_log_prob"] = mean(passed.log_probs.mean((-2, -1)))
         if self.args.entropy_weight > 0.0:
             values["entropy"] = output.entropy
         gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()])[None]).mean(0)
@@ -293,7 +311,6 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         if not self.args.lengths.is_constant:
             logged["n_thought"] = float(length)
         self._metrics.add(logged)
-        self._count_tokens(texts)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -345,7 +362,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
 
     def measure(self, model: ThinkingLM, rows: list[dict[str, Any]]) -> list[ThoughtSample]:
         """Think about rows of an evaluation set and score what follows."""
-        args, texts = self.args, padded_texts(rows, self.accelerator.device)
+        args, texts = self.args, self._texts(rows)
         relaxation = self.relaxation if args.thoughts == "policy" else None
         with evaluating(model), self.accelerator.autocast():
             where = self.anchors(model, texts, rows)
@@ -353,5 +370,6 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
             if not args.thinks:
                 return measure_texts(model, texts, indices, where)
             return measure_thoughts(
-                model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed
-            )
+                model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed,
+                args.branch_attention,
+            )  # fmt: skip

@@ -12,12 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from softrl.assets import resolve_model, write_atomically
-from softrl.models.thinking import ThinkingLM, is_thinking_folder
+from softrl.models.thinking import ThinkingConfig, ThinkingLM, is_thinking_folder
 from softrl.trainers.loading import load_model, with_adapter, without_adapters
 from softrl.trainers.quietstar_config import QuietSTaRConfig
 from softrl.trainers.thought_surrogate import SurrogateFit
 
 _SURROGATE = "surrogate.pt"
+# Of a model that thinks, and what the trainer's arguments call them.
+_SETTINGS = {
+    "temperature": "temperature", "mixing": "mixing", "residual": "residual_mixing", "sigmoid": "sigmoid_mixing",
+}  # fmt: skip
 
 
 class ThinkingModelMixin:
@@ -53,6 +57,10 @@ class ThinkingModelMixin:
             thinking.lm.load_state_dict(loaded.state_dict())
         thinking.load_own_state(resume_from_checkpoint)
 
+    def load_thinking(self, folder: str | Path) -> None:
+        """Put what a run of the same kind left in a folder into the model, in place."""
+        self._load_from_checkpoint(str(folder))
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
@@ -84,7 +92,8 @@ def thinking_model(
     """What a trainer trains: a model that thinks already, or one that is taught to by `args`.
 
     Raises:
-        ValueError: an adapter for a model that thinks already, or a partition objective for one without its head.
+        ValueError: an adapter, or another way to think, for a model that thinks already; or a partition objective for
+            one without its head.
     """
     if isinstance(model, str) and is_thinking_folder(resolve_model(model)):
         settings = {"dtype": "float32", **(args.model_init_kwargs or {})}
@@ -97,6 +106,7 @@ def thinking_model(
                 "estimator='partition_learned' needs a model with a head for log Z, and this one has none; make it "
                 "with ThinkingLM(lm, config, learns_log_z=True), or use 'partition'"
             )
+        _check_settings(model.thinking, args.thinking_config())
         return model
     lm = with_adapter(load_model(model, args, quantization_config), peft_config)
     thinking = ThinkingLM(lm, args.thinking_config(), learns_log_z=args.estimator == "partition_learned")
@@ -109,6 +119,16 @@ def thinking_model(
             )
         thinking.start_like(ids, args.start_share)
     return thinking
+
+
+def _check_settings(own: ThinkingConfig, asked: ThinkingConfig) -> None:
+    """Raise ValueError where a model that thinks already is asked for another way to; its length may change."""
+    for name, argument in _SETTINGS.items():
+        if getattr(own, name) != getattr(asked, name):
+            raise ValueError(
+                f"the model thinks with {name}={getattr(own, name)!r} already, and {argument}="
+                f"{getattr(asked, name)!r} is asked for; pass {argument}={getattr(own, name)!r}"
+            )
 
 
 def frozen_prior(model: ThinkingLM) -> ThinkingLM:

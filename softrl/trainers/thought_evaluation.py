@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softrl.models.branches import BranchAttention
 from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.anchors import Anchors
 from softrl.rollouts.thoughts import ThoughtSource, text_log_probs, thought_embeds, thought_pass, thought_rollout
@@ -13,6 +14,8 @@ from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Texts
 
+MIXING_AT = "mixing_at/"  # and a position: the mean weight of thoughts after that token
+_SHOWN_POSITIONS = 8
 _EVALUATION_STEP = -1  # random streams of evaluations are not those of any training step
 
 
@@ -51,13 +54,15 @@ def measure_thoughts(
     source: ThoughtSource = "policy",
     relaxation: Relaxation | None = None,
     seed: int = 0,
+    attention: BranchAttention = "shared",
 ) -> list[ThoughtSample]:
     """Think about held-out texts and score the token after every thought, with the same random numbers every time."""
     where, is_anchor = anchors
     seeds = [sequence_seed(seed, _EVALUATION_STEP, index) for index in indices]
     random = SequenceRandom(seeds, texts.ids.device, rows=where.shape[1] * num_samples)
-    thoughts = thought_rollout(model, texts, where, is_anchor, random, num_samples, source, relaxation)
-    passed = thought_pass(model, texts, thoughts, 1, thought_embeds(model, thoughts, source), with_hits=True)
+    thoughts = thought_rollout(model, texts, where, is_anchor, random, num_samples, source, relaxation, attention)
+    embeds = thought_embeds(model, thoughts, source)
+    passed = thought_pass(model, texts, thoughts, 1, embeds, attention, with_hits=True)
     talk = passed.talk_log_probs[..., 0].float()
     count = torch.tensor(float(num_samples)).log()
     columns: dict[str, Tensor] = {
@@ -88,7 +93,7 @@ def measure_texts(model: ThinkingLM, texts: Texts, indices: list[int], anchors: 
 
 
 def summary(samples: list[ThoughtSample]) -> dict[str, float]:
-    """Means over tokens: `nll` with thoughts, `base_nll` without, their difference on easy and hard tokens, ..."""
+    """Means over tokens: `nll` with thoughts, `base_nll` without, on easy and hard ones; weights by position."""
     base, mixed = _joined(samples, "base"), _joined(samples, "mixed")
     hard = base > base.median()
     values = {
@@ -99,7 +104,12 @@ def summary(samples: list[ThoughtSample]) -> dict[str, float]:
     for name, which in (("hard", hard), ("easy", ~hard)):
         if which.any():
             values |= {f"nll_{name}": mixed[which].mean(), f"base_nll_{name}": base[which].mean()}
-    return {name: value.item() for name, value in values.items()}
+    numbers = {name: value.item() for name, value in values.items()}
+    weights = by_position(samples, "mixing")
+    slots = list(weights)
+    for slot in slots[:: max(1, -(-len(slots) // _SHOWN_POSITIONS))]:
+        numbers[f"{MIXING_AT}{slot}"] = weights[slot]
+    return numbers
 
 
 def by_position(samples: list[ThoughtSample], name: str) -> dict[int, float]:

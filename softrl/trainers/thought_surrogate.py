@@ -32,6 +32,8 @@ class SurrogateFit:
     ) -> dict[str, float]:
         """One step on the thoughts of a batch, the same on all processes; numbers for the logs, of all processes."""
         valid = is_valid(passed).flatten()
+        if not valid.any():  # all processes take a step; this one learns from what counts for nothing
+            valid[0] = True
         context, read = surrogate_inputs(thoughts, passed, embeds.detach())
         rewards = passed.rewards.detach().flatten(0, 1).float()
         before = self.surrogate(context[valid], read[valid])

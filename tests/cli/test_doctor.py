@@ -123,6 +123,7 @@ def test_sizes_are_decimal():
         (["--config", "quickstart", "--accelerate_config", "zero9"], "no Accelerate configuration 'zero9'"),
         (["--config", "quickstart", "--num_processes", "0"], "--num_processes must be at least 1, got 0"),
         (["--config", "reviews/trl_rloo"], "trainer='trl_rloo' is TRL's own"),
+        (["--config", "listwise/reviews"], "trainer='listwise' samples nothing"),
         (["--config", "quickstart", "--model_name_or_path", "/nowhere"], "model_name_or_path='/nowhere'"),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from generation.thinkers import thinker
-from helpers import EOS, llama
+from helpers import EOS, gru, llama
 from peft import LoraConfig, get_peft_model
 from trainers.tiny import word_tokenizer
 
@@ -23,10 +23,10 @@ GIVEN = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
 IDS = Prompts(torch.tensor([[4, 5, 6], [2, 2, 9]]), torch.tensor([[True] * 3, [False, False, True]]))
 
 
-def saved(folder, lora=False):
+def saved(folder, kind="llama"):
     """A model that thinks, in float32, in a folder with its tokenizer."""
-    lm = llama().float()
-    if lora:
+    lm = gru().float() if kind == "gru" else llama().float()
+    if kind == "lora":
         lm.save_pretrained(folder.parent / "base")
         lm = type(lm).from_pretrained(folder.parent / "base")
         lm = get_peft_model(lm, LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian"))
@@ -41,9 +41,9 @@ def saved(folder, lora=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_saved_model_thinks_the_same_in_another_process(tmp_path, lora):
-    model = saved(tmp_path / "model", lora)
+@pytest.mark.parametrize("kind", ["llama", "gru", "lora"])
+def test_a_saved_model_thinks_the_same_in_another_process(tmp_path, kind):
+    model = saved(tmp_path / "model", kind)
     thinking, draws = Thinking(every=2), NextToken(temperature=0.9, top_k=9)
     record = generate_with_thoughts(model, IDS, 8, thinking, draws, num_samples=2, eos_ids=(EOS,), seed=4)
     words = shlex.split("--max_new_tokens 8 --num_samples 2 --seed 4 --think_every 2 --temperature 0.9 --top_k 9")

@@ -7,13 +7,14 @@ from fractions import Fraction
 import pytest
 from transformers import AutoTokenizer
 
-from softrl.data.pointer_chasing import best_guess_accuracy, pointer_chasing, pointer_tokenizer, with_chains
+from softrl.data.pointer_chasing import best_guess_accuracy, pointer_chasing, pointer_tokenizer, worked_answers
 
 N = 6
 KINDS = ("cycle", "permutation", "function")
 
 
 def rows_of(num_rows=300, num_symbols=N, hops=(1, 2, 3), **settings):
+    settings = {"kind": "cycle"} | settings
     return pointer_chasing(pointer_tokenizer(num_symbols, max(hops)), num_rows, num_symbols, hops, **settings)
 
 
@@ -126,13 +127,16 @@ def test_the_best_guess_by_enumeration(kind, hops):
     assert best_guess_accuracy(n, hops, kind) == pytest.approx(float(Fraction(max(answers), total)), abs=1e-12)
 
 
-def test_chains_are_written_between_start_and_answer():
-    rows = rows_of(50)
-    for row, longer in zip(rows, with_chains(rows), strict=True):
+def test_worked_answers_show_the_symbols_between_behind_a_mark():
+    rows, tokenizer = rows_of(50), pointer_tokenizer(N, 3)
+    mark = tokenizer.convert_tokens_to_ids(":")
+    shown = worked_answers(tokenizer, rows)
+    assert len(shown) == 50
+    for row, longer in zip(rows, shown, strict=True):
         start = row["answer_position"]
-        assert longer["input_ids"][: start + 1] == row["input_ids"][: start + 1]
-        assert longer["input_ids"][start + 1 :] == [*row["chain_ids"], row["input_ids"][-1]]
-    assert len(with_chains(rows)) == 50
+        work = [*row["chain_ids"], row["input_ids"][-1]]
+        assert longer["input_ids"] == [*row["input_ids"][: start + 1], mark, *work]
+        assert longer["completion_mask"] == [0] * (start + 2) + [1] * len(work)
 
 
 def test_the_tokenizer_is_saved_and_loaded(tmp_path):
@@ -140,7 +144,7 @@ def test_the_tokenizer_is_saved_and_loaded(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.get_vocab() == tokenizer.get_vocab()
-    assert len(loaded) == 3 + N + 3 + N**2
+    assert len(loaded) == 3 + N + 3 + N**2 + 1
     assert loaded.convert_tokens_to_ids(["<pad>", "<eos>", "<unk>", "a", "f", "?1", "?3", "a>a"]) == [
         *range(4),
         8,

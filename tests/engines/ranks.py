@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+RANKED = "ListwisePreference"
 CASE = {
     "engine": "ddp", "method": "SoftRollout", "settings": {}, "lora": False, "world": 2, "naive": False,
     "reward": "pair", "rows": 8, "bf16": False,
@@ -68,7 +69,8 @@ def on_rank(case, rank, port, folder):
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     discriminator = getattr(trainer, "discriminator", None)
     untrained = {} if discriminator is None else copy.deepcopy(discriminator.head.state_dict())
-    draws = kept_draws(trainer)
+    draws = kept_draws(trainer) if hasattr(trainer, "record") else []
+    surrogate = getattr(trainer, "surrogate", None)
     if case["naive"]:
         two_backwards(trainer)
     if case["poisoned"]:
@@ -92,6 +94,7 @@ def on_rank(case, rank, port, folder):
             "draws": draws,
             "untrained": untrained,
             "discriminator": {} if discriminator is None else discriminator.head.state_dict(),
+            "surrogate": {} if surrogate is None else surrogate.surrogate.state_dict(),
             "world": accelerator.num_processes,
             "engine": accelerator.distributed_type.value,
             "wrapper": type(trainer.model_wrapped).__name__,
@@ -102,8 +105,10 @@ def on_rank(case, rank, port, folder):
 
 def trainer_of(case, folder):
     """The trainer of a case, of a tiny Llama in float32."""
+    if case["method"] == "QuietSTaR":
+        return thinking_trainer_of(case, folder)
     from helpers import PairReward, classifier, llama
-    from trainers.tiny import dataset, make, word_tokenizer
+    from trainers.tiny import dataset, make, ranked_dataset, word_tokenizer
 
     lora = None
     if case["lora"]:
@@ -111,7 +116,7 @@ def trainer_of(case, folder):
 
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
     settings = {
-        **({} if case["method"] == "PPO" else {"adjoint_tol": 1e-6}), "bf16": case["bf16"],
+        **({} if case["method"] in ("PPO", RANKED) else {"adjoint_tol": 1e-6}), "bf16": case["bf16"],
         "ddp_backend": "gloo" if case["world"] > 1 else None,
         "use_cpu": case["engine"] in ("single", "ddp"), **case["settings"],
     }  # fmt: skip
@@ -120,11 +125,36 @@ def trainer_of(case, folder):
         "classifier": lambda: classifier().float(),
         "discriminator": lambda: "discriminator",
     }
-    rows = dataset(case["rows"])
-    references = [f"w9 w{4 + index % 7}" for index in range(len(rows))]
+    references = [f"w9 w{4 + index % 7}" for index in range(case["rows"])]
+    rows = dataset(case["rows"]).add_column("reference", references)
     return make(
         folder / (case["folder"] or f"{case['name']}-run"), word_tokenizer(), model=llama().float(), peft_config=lora,
-        method=case["method"], reward=rewards[case["reward"]](), train=rows.add_column("reference", references),
+        method=case["method"], reward=rewards[case["reward"]](),
+        train=ranked_dataset(case["rows"]) if case["method"] == RANKED else rows, **settings,
+    )  # fmt: skip
+
+
+def thinking_trainer_of(case, folder):
+    """The same of a trainer of thoughts, on texts of one length, whose means are over as many tokens on every rank."""
+    from peft import LoraConfig, get_peft_model
+    from trainers.quietstar import quietstar, texts
+
+    from softrl.models.thinking import ThinkingConfig
+
+    model = None
+    if case["lora"]:
+        from generation.thinkers import thinker
+        from helpers import llama
+
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
+        torch.manual_seed(0)
+        model = thinker(lm=get_peft_model(llama().float(), config), **vars(ThinkingConfig(2, sigmoid=True)))
+    settings = {
+        "ddp_backend": "gloo" if case["world"] > 1 else None, "use_cpu": case["engine"] in ("single", "ddp"),
+        "bf16": False, **case["settings"],
+    }  # fmt: skip
+    return quietstar(
+        folder / (case["folder"] or f"{case['name']}-run"), model, texts(case["rows"], length=6), float32=True,
         **settings,
     )  # fmt: skip
 
@@ -143,15 +173,16 @@ def float32_masters(model):
 
 
 def kept_draws(trainer):
-    """A list that every rollout of training adds its prompts, its noise and its tokens to."""
-    draws, record = [], trainer.record
+    """A list that every rollout of training adds its prompts, its noise and its tokens to; empty without rollouts."""
+    draws, record = [], getattr(trainer, "record", None)
 
     def recording(batch, completions, values):
         noise = trainer.random_for(batch).exponential(4, torch.float64)
         draws.append({"prompts": batch.indices, "noise": noise, "tokens": completions.tokens})
         return record(batch, completions, values)
 
-    trainer.record = recording
+    if record is not None:
+        trainer.record = recording
     return draws
 
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ALL_RELAXATIONS, V, gpt2, gru, llama, mamba, relaxation_of, with_float64_norms
-from models.test_thinking import thinking
+from helpers import ALL_RELAXATIONS, V, gpt2, gru, llama, mamba, relaxation_of, thinking, with_float64_norms
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -167,7 +166,7 @@ def test_mixtures_against_finite_differences(name, relaxation_name):
     grads = gradient(model, (soft.talk + soft.thought).sum())
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(len(grads), generator=generator, dtype=torch.float64)
-    step, values = 1e-5, []
+    step, values = 1e-6, []
     for sign in (1.0, -1.0):
         nn.utils.vector_to_parameters(_flat(parameters) + sign * step * direction, parameters)
         values.append(_value_thinking_again(model, thoughts, relaxation))

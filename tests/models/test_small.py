@@ -39,11 +39,11 @@ def test_the_seed_says_which_and_leaves_the_global_random_state():
 
 
 def test_one_layer_learns_a_hop():
-    """Above 0.9 of held-out functions in 300 steps, where the best guess has a fifth; the seeds are fixed."""
-    tokenizer = pointer_tokenizer(6, 1)
+    """Above 0.9 of held-out functions in 300 steps, where the best guess has an eighth; the seeds are fixed."""
+    tokenizer = pointer_tokenizer(8, 1)
     model = small_llama(tokenizer, 64, 1, 2, 16)
     train, test = (
-        torch.tensor(pointer_chasing(tokenizer, rows, hops=[1], split=split)["input_ids"])
+        torch.tensor(pointer_chasing(tokenizer, rows, 8, [1], split=split)["input_ids"])
         for rows, split in ((9600, "train"), (500, "test"))
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -6,23 +6,12 @@ import sys
 
 import pytest
 import torch
-from helpers import V, gemma3, gpt2, llama
+from helpers import V, gemma3, gpt2, llama, thinking
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from softrl.models.thinking import MixingHead, ThinkingConfig, ThinkingLM, load_thinking_config
-
-
-def thinking(lm=None, learns_log_z=False, redraw=True, **settings):
-    """A tiny model that thinks, its mixing head and embeddings drawn away from their start."""
-    model = ThinkingLM(gpt2() if lm is None else lm, ThinkingConfig(**settings), learns_log_z)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters() if redraw else ():
-            if not name.startswith("lm."):
-                parameter.normal_(0.0, 0.4, generator=generator)
-    return model
 
 
 def states(width=16, rows=5):

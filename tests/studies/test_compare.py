@@ -326,6 +326,7 @@ def test_recipes_that_are_refused(folder, capsys, changes, message):
         ({"learnng_rate": 1.0}, "method 'a': unknown key 'learnng_rate'.*did you mean 'learning_rate'"),
         ({"trainer": "ppo", "hops": 2}, r"method 'a': trainer 'ppo' has no use for \['hops'\]"),
         ({"trainer": "pppo"}, "method 'a': trainer must be one of"),
+        ({"trainer": "listwise", "betas": [0.1]}, "method 'a': ranked completions are read, not sampled"),
         ({"per_device_train_batch_size": 12}, "method 'a': evaluate_every_samples=8 is not a multiple of the 12"),
     ],
 )

@@ -8,10 +8,11 @@ from helpers import V, llama
 from softrl.trainers import QuietSTaRConfig, QuietSTaRTrainer
 
 
-def texts(count=8, seed=0):
-    """Rows of 4 to 9 token ids, each with two anchors."""
+def texts(count=8, seed=0, length=None):
+    """Rows of 4 to 9 token ids, or of one length, each with two anchors."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(3, V, (4 + (5 * row) % 6,), generator=generator).tolist() for row in range(count)]
+    lengths = [length or 4 + (5 * row) % 6 for row in range(count)]
+    rows = [torch.randint(3, V, (length,), generator=generator).tolist() for length in lengths]
     return Dataset.from_list([{"input_ids": ids, "anchors": [0, len(ids) - 3]} for ids in rows])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from engines.ranks import outcomes
+from engines.ranks import RANKED, outcomes
 
 from softrl.trainers import engines
 
@@ -20,7 +20,11 @@ EXPECTED = {
     "zero3": ("DEEPSPEED", "DeepSpeedEngine"),
     "fsdp2": ("FSDP", "FSDP"),
 }
-METHODS = {"SoftRollout": {}, "Reinforce": {"num_generations": 2, "estimator": "rloo"}}
+METHODS = {
+    "SoftRollout": {},
+    "Reinforce": {"num_generations": 2, "estimator": "rloo"},
+    RANKED: {"beta": 1.0},  # so that it moves as far as the others
+}
 ROWS = 8  # a step
 
 
@@ -150,7 +154,7 @@ def check_parity(alone, found, engine):
     check_engine(found, engine)
     assert (alone["world"], alone["engine"]) == (1, "NO")
     assert difference(alone["parameters"], found["parameters"]) < TOLERANCE
-    for name in ("reward", "loss"):  # over all ranks
+    for name in ("reward", "loss", "rewards/margins"):  # over all ranks
         assert logged(found, name) == pytest.approx(logged(alone, name), abs=TOLERANCE)
 
 
@@ -158,6 +162,7 @@ def check_parity(alone, found, engine):
 def test_two_ranks_give_the_parameters_of_one_process(ranks, engine, method, lora, accumulation):
     alone = ranks(case("single", method, lora)["name"])
     check_parity(alone, ranks(case(engine, method, lora, accumulation)["name"]), engine)
+    assert difference(alone["parameters"], alone["start"]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(("engine", "what", "alone"), SPECIAL_PARITY)

@@ -1,5 +1,7 @@
 """Ranked completions: TRL's DPOTrainer for two, every loss on ragged sets with ties, and what is refused."""
 
+from itertools import permutations
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,8 +9,10 @@ from helpers import llama
 from peft import LoraConfig
 from trainers.tiny import CHAT_TEMPLATE, logs_of, numbers_of, parameters_of, word_tokenizer
 
-from softrl.data.ranked import ranked_batch
+from softrl.data.ranked import check_ranked_rows, ranked_batch
 from softrl.trainers import ListwisePreferenceConfig, ListwisePreferenceTrainer
+from softrl.trainers.listwise_evaluation import evaluate_sets
+from softrl.trainers.listwise_trainer import pairs_in_order
 
 LOSSES = ("plackett_luce", "listwise", "one_winner", "nca", "partition")
 ROWS = [
@@ -65,11 +69,31 @@ def test_conversations_are_told_from_their_answers():
         ({"rewards": [1.0, float("nan"), 0.0]}, "must be finite"),
         ({"rewards": None}, "neither 'rewards' nor 'ranking'"),
         ({"prompt": None}, "has no 'prompt'"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"rewards": 1.0}, "must be a list of numbers"),
+        ({"rewards": ["a", "b", "c"]}, "must be finite numbers"),
+        ({"completions": [[{"role": "assistant", "content": "w4"}]] * 3}, "a completion is text, or a list of mess"),
     ],
 )
 def test_rows_that_cannot_be_learned_from_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        ranked_batch([{**ROWS[0], **change}], word_tokenizer(), None)
+    for check in (ranked_batch, check_ranked_rows):
+        with pytest.raises(ValueError, match=f"row 1.*{message}"):
+            check([ROWS[1], {**ROWS[0], **change}], word_tokenizer(), None)
+
+
+def test_pairs_are_in_order_where_scores_fall_with_ranks():
+    batch = ranked_batch(ROWS, word_tokenizer(), None)
+    scores = torch.tensor([[0.0, 0.0, -1.0, 9.0], [1.0, 2.0, 9.0, 9.0], [3.0, 1.0, 2.0, 2.0], [1.0, 2.0, 3.0, 9.0]])
+    right, ordered = pairs_in_order(scores, batch)
+    expected = torch.zeros(2, len(ROWS))
+    for index, row in enumerate(ROWS):
+        for one, other in permutations(range(len(row["rewards"])), 2):
+            if row["rewards"][one] > row["rewards"][other]:
+                difference = scores[index, one] - scores[index, other]
+                expected[0, index] += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+                expected[1, index] += 1
+    torch.testing.assert_close(torch.stack([right, ordered]), expected)
+    assert expected[1].tolist() == [3.0, 1.0, 5.0, 3.0]
 
 
 def test_a_prompt_that_fills_the_length_is_named():
@@ -126,6 +150,38 @@ def test_every_loss_learns_the_order(tmp_path, loss_type, lora):
     if loss_type != "one_winner":
         assert measured["eval_rewards/accuracies"] == 1.0
     assert {"eval_loss", "eval_rewards/chosen", "eval_rewards/rejected"} <= measured.keys()
+
+
+@pytest.mark.slow
+def test_sets_are_measured_one_by_one_as_all_together(tmp_path):
+    tie = {"prompt": "w5 ", "completions": ["w4", "w9"], "rewards": [1.0, 1.0]}
+    trainer = trainer_of(tmp_path, [*ROWS, tie], per_device_train_batch_size=5)
+    trainer.train()
+    trainer.model.train()
+    measured = evaluate_sets(trainer, trainer.train_dataset)
+    assert trainer.model.training  # as it was
+    whole = trainer.evaluate(trainer.train_dataset)
+    assert sum(each.loss for each in measured) / 5 == pytest.approx(whole["eval_loss"], abs=1e-6)
+    assert (measured[4].accuracy, measured[4].policy_accuracy, measured[4].margin) == (None, None, None)
+    pairs = [3, 1, 5, 3]
+    right = sum(each.accuracy * count for each, count in zip(measured, pairs, strict=False))
+    assert right / sum(pairs) == pytest.approx(whole["eval_rewards/accuracies"], abs=1e-6)
+    assert [len(each.log_probs) for each in measured] == [3, 2, 4, 3, 2]
+    ids = torch.tensor([[3, 5, 1]])  # the first completion of the second row
+    own = trainer.model(ids).logits[0, :-1].log_softmax(-1)[torch.arange(2), ids[0, 1:]].sum()
+    assert measured[1].log_probs[0] == pytest.approx(own.item(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_metrics_of_a_step_do_not_depend_on_its_micro_batches(tmp_path):
+    found = []
+    for size in (4, 1):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "optim": "sgd"}
+        trainer = trainer_of(tmp_path, **settings)
+        trainer.train()
+        found.append([logs_of(trainer, f"rewards/{name}") for name in ("chosen", "rejected", "margins", "accuracies")])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -32,13 +32,26 @@ def dataset(count=8):
     )
 
 
+def ranked_dataset(count=8):
+    """Sets of two to four completions behind the same prompts, the best of them twice in some."""
+    prompts = dataset(count)["prompt"]
+    sizes = [2 + i % 3 for i in range(count)]
+    completions = [
+        [" ".join(f"w{3 + (5 * i + 3 * k + j) % 20}" for j in range(1 + (i + k) % 3)) for k in range(size)]
+        for i, size in enumerate(sizes)
+    ]
+    rewards = [[float(max((i + k) % 4, 1)) for k in range(size)] for i, size in enumerate(sizes)]
+    return Dataset.from_dict({"prompt": prompts, "completions": completions, "rewards": rewards})
+
+
 def make(
     tmp_path, tokenizer, model=None, reward=None, train=None, evaluation=None, peft_config=None, judge=None,
     method="SoftRollout", **settings
 ):  # fmt: skip
     """A trainer in float64 that trains by SGD, with exact cotangents, at a learning rate that shows.
 
-    `method` is the first part of the trainer's name: SoftRollout, Reinforce or PPO.
+    `method` is the first part of the trainer's name: SoftRollout, Reinforce, PPO or, which has neither reward nor
+    judge, ListwisePreference.
     """
     from softrl import trainers
 
@@ -50,15 +63,17 @@ def make(
         "gradient_checkpointing": False, "beta": 0.1, "entropy_coef": 0.05, "max_grad_norm": 1.0,
     }  # fmt: skip
     known = {field.name for field in fields(config)}
+    scored_already = method == "ListwisePreference"
+    rows = ranked_dataset if scored_already else dataset
+    scoring = {"reward_funcs": reward if reward is not None else PairReward(), "judge": judge}
     return trainer(
         model=model if model is not None else llama(),
-        reward_funcs=reward if reward is not None else PairReward(),
         args=config(**{name: value for name, value in defaults.items() if name in known} | settings),
-        train_dataset=dataset() if train is None else train,
-        eval_dataset=dataset(3) if evaluation is None else evaluation,
+        train_dataset=rows() if train is None else train,
+        eval_dataset=rows(3) if evaluation is None else evaluation,
         processing_class=tokenizer,
         peft_config=peft_config,
-        judge=judge,
+        **({} if scored_already else scoring),
     )
 
 

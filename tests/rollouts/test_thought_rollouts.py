@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import ALL_RELAXATIONS, V, gpt2, gru, llama, relaxation_of, with_float64_norms
-from models.test_thinking import thinking
+from helpers import ALL_RELAXATIONS, V, gpt2, gru, llama, relaxation_of, thinking, with_float64_norms
 from peft import LoraConfig, get_peft_model
 
 from softrl.models import policy as policy_module
