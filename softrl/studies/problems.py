@@ -227,6 +227,10 @@ def thinking_lm(
     for setting, number in counts.items():
         if number < 1:
             raise ValueError(f"{setting} must be at least 1, got {number}")
+    if text_length < 2:
+        raise ValueError(
+            f"text_length must leave a token to predict after a thought, so be at least 2, got {text_length}"
+        )
     if vocab_size**n_thought > MAX_THOUGHTS:
         raise ValueError(
             f"V^n = {vocab_size}^{n_thought} thoughts are too many to enumerate in one pass; the limit is "

@@ -398,7 +398,7 @@ def test_the_shipped_recipes_name_estimators_that_can_be_made(name, monkeypatch)
         ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"n_thought": 0}, "n_thought must be at least 1"),
         ({"vocab_size": 10, "n_thought": 4}, r"V\^n = 10\^4 thoughts are too many"),
-        ({"text_length": 1}, "token to think after"),
+        ({"text_length": 1}, "text_length must leave a token to predict"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"objective": "log_mean", "num_samples": 20}, "too many to enumerate for objective 'log_mean'"),
     ],
