@@ -73,7 +73,7 @@ def _variance_objective(recipe: Path, search: "Search", folder: Path) -> Callabl
 
     from softrl.cli.variance import _make_trainer
     from softrl.studies.sweep_recipes import variance_objective, with_values
-    from softrl.studies.variance import load_config
+    from softrl.studies.variance_config import load_config
 
     config = load_config(recipe)
     for values in search.grid():  # a key that nothing has is refused before the first trial

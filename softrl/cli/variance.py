@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softrl.studies.variance import Row, VarianceConfig
+    from softrl.studies.variance import Row
+    from softrl.studies.variance_config import VarianceConfig
 
 PROG = "softrl variance"
 
@@ -38,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(given: argparse.Namespace, argv: list[str]) -> int:
     from softrl.cli.arguments import find_recipe
-    from softrl.studies.variance import load_config, run
+    from softrl.studies.variance import run
+    from softrl.studies.variance_config import load_config
 
     overrides = {"output_dir": given.output_dir, "draws": given.draws, "seed": given.seed}
     config = load_config(find_recipe(given.config), overrides)

@@ -119,7 +119,7 @@ def thought_loss(
         passed = thought_pass(model, texts, thoughts, objective.n_talk, embeds, objective.attention, with_entropy)
         talk, policy = _by_rule(model, thoughts, objective, extras, passed, embeds)
     else:
-        value = None if extras.surrogate is None else partial(_trusted_value, extras.surrogate, thoughts)
+        value = None if extras.surrogate is None else partial(trusted_value, extras.surrogate, thoughts)
         soft = soft_thought_pass(
             model, texts, thoughts, objective.n_talk, objective.relaxation, objective.adjoint, value,
             objective.attention, with_entropy,
@@ -206,7 +206,7 @@ def surrogate_inputs(
     return nn.functional.layer_norm(context.float(), context.shape[-1:]), embeds.flatten(0, 1).float()
 
 
-def _trusted_value(
+def trusted_value(
     surrogate: RewardSurrogate, thoughts: Thoughts, passed: ThoughtPass, embeds: Float[Tensor, "N A S n D"]
 ) -> Float[Tensor, "N A S"]:
     """r_ψ where it is trusted, else the reward itself."""

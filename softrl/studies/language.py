@@ -26,7 +26,7 @@ from softrl.rewards.base import checked_hard, checked_soft
 from softrl.rollouts.given import rollout_of
 from softrl.rollouts.hard import hard_rollout
 from softrl.rollouts.soft import soft_rollout
-from softrl.studies.draws import Draws
+from softrl.studies.draws import Draws, consecutive, whole_gradients
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.types import HardRollout, Prompts, Rollout
 
@@ -93,16 +93,11 @@ class LanguageProblem:
     @cached_property
     def groups(self) -> dict[str, slice]:
         """Where each group of parameters lies in a gradient, or in its sketches."""
-        slices: dict[str, slice] = {}
+        sizes: dict[str, int] = {}
         for name, parameter in self.parameters.items():
             group = parameter_group(name)
-            start = slices[group].start if group in slices else max((s.stop for s in slices.values()), default=0)
-            if self.sketched:
-                slices[group] = slice(start, start + self._sketch.size)
-            else:
-                stop = slices[group].stop if group in slices else start
-                slices[group] = slice(start, stop + parameter.numel())
-        return slices
+            sizes[group] = self._sketch.size if self.sketched else sizes.get(group, 0) + parameter.numel()
+        return consecutive(sizes)
 
     def truth(self) -> Truth:
         """∇J by enumeration, or the mean of a long RLOO run of other samples, with its error."""
@@ -218,13 +213,7 @@ class LanguageProblem:
         """The gradient of every value, or its sketches."""
         parameters = list(self.parameters.values())
         if not self.sketched:
-            each = torch.eye(len(values), dtype=values.dtype)
-            grads = torch.autograd.grad(values, parameters, each, is_grads_batched=True, allow_unused=True)
-            parts = [
-                torch.zeros(len(values), p.numel(), dtype=torch.float64) if g is None else g.flatten(1).double()
-                for g, p in zip(grads, parameters, strict=True)
-            ]
-            return torch.cat(parts, 1)
+            return whole_gradients(values, parameters)
         rows = []
         for index, value in enumerate(values):
             more = index + 1 < len(values)

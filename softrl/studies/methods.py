@@ -20,11 +20,12 @@ from softrl.estimators.system import AdjointSettings
 from softrl.models.policy import evaluating
 from softrl.studies.language import PILOT_SEED, LanguageProblem
 from softrl.tokens.relaxation import RELAXATIONS, GumbelSoftmax, Relaxation, make_relaxation
+from softrl.tokens.truncation import Truncation
 
 _PILOT_DRAWS = 64
 _RIDGE = 1e-3
 
-_RELAXATION_KEYS = ("relaxation", "temperature", "max_entropy_nats", "num_draws", "top_k")
+RELAXATION_KEYS = ("relaxation", "temperature", "max_entropy_nats", "num_draws", "top_k")
 _ADJOINT_KEYS = ("method", "hops", "feedback_discount", "adjoint_clip", "tol", "block_length")
 
 
@@ -70,7 +71,8 @@ def make_estimator(method: Method, language: LanguageProblem) -> Estimator:
     return ESTIMATORS[method.name](method, language)
 
 
-def _only(method: Method, *known: str) -> None:
+def check_settings(method: Method, *known: str) -> None:
+    """Raise ValueError where a method has other settings than these."""
     unknown = sorted(set(method.settings) - set(known))
     if unknown:
         raise ValueError(f"estimator {method.name!r} has no setting {unknown}; it has {sorted(known) or 'none'}")
@@ -80,20 +82,24 @@ def _relaxed(
     method: Method, language: LanguageProblem, default: str, *more: str
 ) -> tuple[Relaxation, AdjointSettings]:
     """Relaxation and cotangent settings; K is the whole vocabulary if left out, and the adjoint exact."""
-    _only(method, *_RELAXATION_KEYS, *_ADJOINT_KEYS, *more)
-    given, problem = method.settings, language.problem
-    truncation = replace(problem.truncation, top_k=given.get("top_k", problem.truncation.top_k))
-    relaxation = make_relaxation(
-        given.get("relaxation", default), truncation, float(given.get("temperature", 1.0)),
-        given.get("max_entropy_nats"), num_draws=given.get("num_draws"),
-    )  # fmt: skip
-    adjoint = {key: given[key] for key in _ADJOINT_KEYS if key in given}
+    check_settings(method, *RELAXATION_KEYS, *_ADJOINT_KEYS, *more)
+    relaxation = made_relaxation(method, language.problem.truncation, default)
+    adjoint = {key: method.settings[key] for key in _ADJOINT_KEYS if key in method.settings}
     return relaxation, AdjointSettings(**({"tol": 1e-6} | adjoint))
+
+
+def made_relaxation(method: Method, truncation: Truncation, default: str) -> Relaxation:
+    """The relaxation of a method's settings, the default one where they name none."""
+    given = method.settings
+    return make_relaxation(
+        given.get("relaxation", default), replace(truncation, top_k=given.get("top_k", truncation.top_k)),
+        float(given.get("temperature", 1.0)), given.get("max_entropy_nats"), num_draws=given.get("num_draws"),
+    )  # fmt: skip
 
 
 def _score_function(estimator: ScoreFunction) -> Callable[[Method, LanguageProblem], Estimator]:
     def make(method: Method, language: LanguageProblem) -> Estimator:
-        _only(method, "scale_rewards", "normalization")
+        check_settings(method, "scale_rewards", "normalization")
         return replace(estimator, max_length=language.num_steps, **method.settings)
 
     return make
@@ -131,19 +137,19 @@ class WithBaseline:
 
 
 def _running_mean(method: Method, language: LanguageProblem) -> Estimator:
-    _only(method)
+    check_settings(method)
     _, returns, mask = _pilot(language)
     return WithBaseline(ScoreFunction(baseline="given"), number=returns[mask].mean().item())
 
 
 def _value(method: Method, language: LanguageProblem) -> Estimator:
-    _only(method)
+    check_settings(method)
     return WithBaseline(ScoreFunction(baseline="given"), value=fitted_value(language))
 
 
 def _ppo(method: Method, language: LanguageProblem) -> Estimator:
     known = ("gae_lambda", "discount", "whiten", "kl_in", "normalization", "clip_low", "clip_high")
-    _only(method, *known)
+    check_settings(method, *known)
     return PPO(fitted_value(language), max_length=language.num_steps, **method.settings)
 
 

@@ -5,14 +5,17 @@ A tiny model is random, a transformer with tied embeddings at a scale at which f
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from softrl.estimators.base import Problem
+from softrl.estimators.thought_exact import ThoughtTruth
 from softrl.models.policy import Policy
+from softrl.models.thinking import ThinkingConfig, ThinkingLM
 from softrl.objectives.token_terms import DirectTerms
+from softrl.rollouts.anchors import every_kth
 from softrl.studies.hops import draw_adapters
 from softrl.studies.language import LanguageProblem
 from softrl.studies.study_rewards import (
@@ -22,8 +25,10 @@ from softrl.studies.study_rewards import (
     PairReward,
     SharpReward,
 )
+from softrl.studies.thought_problem import Part, Prior, ThoughtProblem
+from softrl.tokens.noise import sequence_seed
 from softrl.tokens.truncation import Truncation
-from softrl.types import Prompts
+from softrl.types import Prompts, Texts
 
 STUDY_REWARDS: dict[str, Callable[..., Any]] = {
     "additive": AdditiveReward,
@@ -41,6 +46,10 @@ _REWARD_TEXTS = {
     "oracle_lstm": "the log-likelihood under a fixed random LSTM",
     "nearly_constant": "a large constant plus a thousandth of the pair reward",
 }
+MAX_THOUGHTS = 4096  # all at once in one pass, with its graph
+_OBJECTIVES = {
+    "mean": "E r(h)", "log_mean": "E log (1/S) Σ exp r(h), the bound of S thoughts", "marginal": "log E exp r(h)",
+}  # fmt: skip
 
 
 def tiny_model(
@@ -157,3 +166,90 @@ def trained_lm(
         name, description, problem, batch.prompts, steps, trainer.eos_ids, seed, batch=1, sketched=True,
         truth_draws=truth_draws, truth_samples=truth_samples,
     )  # fmt: skip
+
+
+def tiny_thinker(
+    vocab_size: int, n_thought: int, temperature: float, seed: int, width: int, layers: int, scale: float,
+    mixing_weight: float,
+) -> ThinkingLM:  # fmt: skip
+    """A random model that thinks, in float64; its mixing weights lie about `mixing_weight`, and not at their zero."""
+    model = ThinkingLM(tiny_model(vocab_size, seed, width, layers, scale), ThinkingConfig(n_thought, temperature))
+    generator = torch.Generator().manual_seed(sequence_seed(seed, vocab_size))
+    with torch.no_grad():
+        for embedding in (model.start, model.end, model.pause):
+            embedding.normal_(0.0, scale, generator=generator)
+        for parameter in model.mixing.parameters():
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+        model.mixing.last.weight.mul_(0.5)
+        model.mixing.last.bias.fill_(mixing_weight)
+    return model.double().eval()
+
+
+def thinking_lm(
+    name: str,
+    vocab_size: int = 6,
+    n_thought: int = 2,
+    n_talk: int = 1,
+    num_texts: int = 2,
+    text_length: int = 5,
+    think_every: int = 2,
+    num_samples: int = 2,
+    temperature: float = 1.0,
+    prior: Prior = "model",
+    objective: ThoughtTruth = "mean",
+    part: Part = "thought",
+    mixing_weight: float = 0.5,
+    scale: float = 0.4,
+    width: int = 8,
+    layers: int = 1,
+    seed: int = 0,
+) -> ThoughtProblem:
+    """A tiny model that thinks about random texts.
+
+    Args:
+        name: for tables.
+        vocab_size, n_thought, n_talk, num_samples: V, n, n_talk, S.
+        num_texts, text_length, think_every: N texts of so many tokens, and an interval of thoughts from the first one.
+        temperature: of thoughts alone: low is a peaked policy, high a flat one, with the same rewards.
+        prior: another random model, or the uniform distribution.
+        objective, part: of the truth.
+        mixing_weight: about which a thought's weights in the prediction lie.
+        scale, width, layers: of the model.
+        seed: of models, texts and draws.
+    Raises:
+        ValueError: a setting outside its range, or more thoughts (or sets of them) than can be enumerated.
+    """
+    choices = {"prior": (prior, Prior), "part": (part, Part), "objective": (objective, ThoughtTruth)}
+    for setting, (value, known) in choices.items():
+        if value not in get_args(known):
+            raise ValueError(f"{setting} must be one of {list(get_args(known))}, got {value!r}")
+    counts = {"n_thought": n_thought, "n_talk": n_talk, "num_texts": num_texts, "num_samples": num_samples}
+    for setting, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{setting} must be at least 1, got {number}")
+    if text_length < 2:
+        raise ValueError(
+            f"text_length must leave a token to predict after a thought, so be at least 2, got {text_length}"
+        )
+    if vocab_size**n_thought > MAX_THOUGHTS:
+        raise ValueError(
+            f"V^n = {vocab_size}^{n_thought} thoughts are too many to enumerate in one pass; the limit is "
+            f"{MAX_THOUGHTS:,}: lower vocab_size or n_thought"
+        )
+    makes = (width, layers, scale, mixing_weight)
+    model = tiny_thinker(vocab_size, n_thought, temperature, seed, *makes)
+    other = tiny_thinker(vocab_size, n_thought, temperature, seed + 1, *makes) if prior == "model" else None
+    generator = torch.Generator().manual_seed(sequence_seed(seed, text_length, num_texts))
+    orders = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(num_texts)])
+    ids = orders.repeat(1, -(-text_length // vocab_size))[:, :text_length]  # equal tokens would be equal contexts
+    texts = Texts(ids, torch.ones_like(ids, dtype=torch.bool))
+    anchors = every_kth(texts, think_every)
+    description = (
+        f"Random Llama that thinks, V={vocab_size}, thoughts of {n_thought} token(s) at temperature {temperature:g}, "
+        f"n_talk={n_talk}, S={num_samples} after each of {anchors[0].numel()} tokens of {num_texts} text(s); "
+        f"{layers} layer(s) of width {width}. Truth: {_OBJECTIVES[objective]}, "
+        f"{'its gradient through the policy of thoughts' if part == 'thought' else 'all of its gradient'}, by "
+        f"enumeration of all {vocab_size**n_thought} thoughts. Prior: "
+        f"{'another such model' if prior == 'model' else 'the uniform distribution'}."
+    )
+    return ThoughtProblem(name, description, model, other, texts, anchors, n_talk, num_samples, objective, part, seed)

@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from softrl.studies.lab_problems import MakeTrainer
 from softrl.studies.sweep import TrialError
-from softrl.studies.variance import MakeTrainer, ProblemSpec, Row, VarianceConfig, load_config, run
+from softrl.studies.variance import Row, run
+from softrl.studies.variance_config import ProblemSpec, VarianceConfig, load_config
 
 METRICS = tuple(field.name for field in fields(Row) if field.type in (float, "float"))
 

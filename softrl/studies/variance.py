@@ -5,226 +5,25 @@ that an interrupted run goes on where it stopped. The figures and the page are m
 """
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from softrl.assets import write_atomically
 from softrl.estimators.moments import Interval, Moments, Truth, moments
 from softrl.estimators.score_function import RLOO
 from softrl.studies.draws import Draws
-from softrl.studies.language import LanguageProblem
-from softrl.studies.methods import Method, make_estimator
-from softrl.studies.one_step import ONE_STEP_PROBLEMS, OneStepProblem
-from softrl.studies.problems import tiny_lm, trained_lm
+from softrl.studies.lab_problems import LabProblem, MakeTrainer, make_problems
+from softrl.studies.methods import Method
+from softrl.studies.variance_config import ProblemSpec, VarianceConfig, expanded
 
-MakeTrainer = Callable[[list[str]], Any]
 _CHUNKS = 8  # how often the draws of one estimator are saved on the way
 REFERENCE = "rloo"  # the estimator whose cost is the unit of budgets, where a problem has it
-
-
-@dataclass(frozen=True)
-class ProblemSpec:
-    """A problem of a recipe. A list among the settings, or in an estimator's, stands for one of each.
-
-    A key with a dot is one of a mapping: `reward_settings.sharpness`.
-    """
-
-    name: str
-    kind: str
-    estimators: list[Any]
-    settings: dict[str, Any] = field(default_factory=dict)
-    draws: int | None = None
-
-
-@dataclass(frozen=True)
-class VarianceConfig:
-    """A study: its question, its problems, and how many draws each estimator gets unless its problem says so."""
-
-    question: str
-    output_dir: str
-    problems: list[ProblemSpec]
-    draws: int = 256
-    seed: int = 0
-    notes: str = ""
-
-
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> VarianceConfig:
-    """Read a recipe.
-
-    Raises:
-        ValueError: not a mapping, an unknown or missing key, or nothing to draw.
-    """
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} is not a mapping of keys to values; see recipes/studies/quick.yaml")
-    given = given | {key: value for key, value in (overrides or {}).items() if value is not None}
-    given["problems"] = [
-        _checked(ProblemSpec, problem, f"{path}, problem {number}")
-        for number, problem in enumerate(given.get("problems") or [], 1)
-    ]
-    config = _checked(VarianceConfig, given, str(path))
-    if not config.problems:
-        raise ValueError(f"{path}: `problems` is empty; a study needs at least one")
-    if min([config.draws, *(spec.draws for spec in config.problems if spec.draws is not None)]) < 2:
-        raise ValueError(f"{path}: `draws` must be at least 2, or there is no variance to measure")
-    return config
-
-
-def _checked(kind: type, given: Any, where: str) -> Any:
-    """A dataclass object of a mapping, or a ValueError that names the key."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{where}: expected a mapping, got {given!r}")
-    known = {each.name: each for each in fields(kind)}
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{where}: unknown keys {unknown}; the keys are {sorted(known)}")
-    required = {"question", "output_dir", "problems", "name", "kind", "estimators"}
-    if missing := sorted((required & set(known)) - set(given)):
-        raise ValueError(f"{where}: missing keys {missing}")
-    return kind(**given)
-
-
-def expanded(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One mapping for every combination of the lists among the values."""
-    lists = {key: value for key, value in settings.items() if isinstance(value, list)}
-    for values in itertools.product(*lists.values()):
-        yield settings | dict(zip(lists, values, strict=True))
-
-
-def problem_name(spec: ProblemSpec, settings: dict[str, Any]) -> str:
-    """The entry's name, and what its lists stand at in one of its problems."""
-    several = [key for key, value in spec.settings.items() if isinstance(value, list)]
-    return ", ".join([spec.name, *(f"{key.split('.')[-1]} {settings[key]}" for key in several)])
-
-
-def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same with `{"a.b": c}` as `{"a": {"b": c}}`, beside what "a" has already."""
-    whole = {key: value for key, value in settings.items() if "." not in key}
-    for key, value in settings.items():
-        if "." in key:
-            first, rest = key.split(".", 1)
-            whole[first] = nested((whole.get(first) or {}) | {rest: value})
-    return whole
-
-
-class LabProblem(Protocol):
-    """What the laboratory draws from."""
-
-    name: str
-    description: str
-
-    @property
-    def groups(self) -> dict[str, slice]: ...
-
-    @property
-    def batch(self) -> int:
-        """Draws that are made together."""
-        ...
-
-    def truth(self) -> Truth: ...
-
-    def long_run(self) -> "tuple[LabProblem, int] | None":
-        """What RLOO is drawn from to stand for the truth, and how often; None where the truth is exact."""
-        ...
-
-    def make(self, method: Method) -> Any:
-        """An estimator, with `unbiased_for`; pilots are run here."""
-        ...
-
-    def draws(self, estimator: Any, first: int, count: int) -> Draws: ...
-
-
-class _Language:
-    """A language problem as the laboratory sees it."""
-
-    def __init__(self, language: LanguageProblem):
-        self.language = language
-        self.name, self.description = language.name, language.description
-
-    @property
-    def groups(self) -> dict[str, slice]:
-        return self.language.groups
-
-    @property
-    def batch(self) -> int:
-        return self.language.batch
-
-    def truth(self) -> Truth:
-        return self.language.truth()
-
-    def long_run(self) -> "tuple[LabProblem, int] | None":
-        count = self.language.truth_draws
-        return None if count is None else (_Language(self.language.long_run()), count)
-
-    def make(self, method: Method) -> Any:
-        return make_estimator(method, self.language)
-
-    def draws(self, estimator: Any, first: int, count: int) -> Draws:
-        return self.language.draws(estimator, first, count)
-
-
-class _OneStep:
-    """A one-step problem as the laboratory sees it; its estimators are made by name at every draw."""
-
-    batch = 16
-
-    def __init__(self, name: str, problem: OneStepProblem):
-        self.name, self.description, self.problem = name, problem.description, problem
-
-    @property
-    def groups(self) -> dict[str, slice]:
-        return self.problem.groups
-
-    def truth(self) -> Truth:
-        return Truth(self.problem.truth())
-
-    def long_run(self) -> None:
-        return None
-
-    def make(self, method: Method) -> Any:
-        return _Named(method, self.problem.estimator(method.name, method.settings).unbiased_for)
-
-    def draws(self, estimator: Any, first: int, count: int) -> Draws:
-        return self.problem.draw(estimator.method.name, estimator.method.settings, first, count)
-
-
-@dataclass(frozen=True)
-class _Named:
-    method: Method
-    unbiased_for: str | None
-
-
-def make_problems(
-    spec: ProblemSpec, seed: int, make_trainer: MakeTrainer
-) -> Iterator[tuple[dict[str, Any], LabProblem]]:
-    """The problems of one entry of a recipe, each with its settings.
-
-    Raises:
-        ValueError: an unknown kind, or a setting that it does not have.
-    """
-    kinds = ("tiny_lm", "trained_lm", *ONE_STEP_PROBLEMS)
-    if spec.kind not in kinds:
-        raise ValueError(f"problem {spec.name!r}: kind must be one of {list(kinds)}, got {spec.kind!r}")
-    for settings in expanded(spec.settings):
-        name = problem_name(spec, settings)
-        given = nested({"seed": seed} | settings)
-        try:
-            if spec.kind == "tiny_lm":
-                yield given, _Language(tiny_lm(name, **given))
-            elif spec.kind == "trained_lm":
-                yield given, _Language(trained_lm(name, make_trainer, **given))
-            else:
-                yield given, _OneStep(name, ONE_STEP_PROBLEMS[spec.kind](**given))
-        except TypeError as error:
-            raise ValueError(f"problem {spec.name!r}, settings: {error}") from error
 
 
 @dataclass(frozen=True)

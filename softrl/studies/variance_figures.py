@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from softrl.studies.variance import Row, VarianceConfig, expanded, problem_name
+from softrl.studies.variance import Row
+from softrl.studies.variance_config import VarianceConfig, expanded, problem_name
 from softrl.studies.variance_style import Style, place_labels, plain_log_ticks, png, pyplot
 
 ROUNDING = 1e-12  # of ‖∇J‖²: what is smaller is an exact zero, seen through rounding

@@ -18,7 +18,8 @@ import torch
 
 from softrl.assets import write_atomically
 from softrl.studies.tables import write_csv
-from softrl.studies.variance import REFERENCE, Row, VarianceConfig
+from softrl.studies.variance import REFERENCE, Row
+from softrl.studies.variance_config import VarianceConfig
 from softrl.studies.variance_figures import (
     ROUNDING,
     Figure,
@@ -143,6 +144,13 @@ MEASURES: tuple[tuple[str, Callable[[Row], float]], ...] = (
 )
 
 
+_NOT_HARD = (
+    ("soft", "Declared unbiased for soft tokens only"),
+    ("other", "Declared unbiased for another objective than the truth here"),
+    ("none", "Not declared unbiased"),
+)
+
+
 def winner(rows: Sequence[Row], measure: Callable[[Row], float]) -> str:
     """Who has the least of it, and how much; all of them where they are equal."""
     least = number(min(measure(row) for row in rows))
@@ -164,7 +172,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     ]
     if steady != "n/a":
         sentences.append(f"Least variance of those declared unbiased: {steady}.")
-    for declared, meaning in (("soft", "Declared unbiased for soft tokens only"), ("none", "Not declared unbiased")):
+    for declared, meaning in _NOT_HARD:
         names = [row.estimator for row in rows if row.unbiased_for == declared]
         if names:
             sentences.append(f"{meaning}: {'; '.join(names)}.")

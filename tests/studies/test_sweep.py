@@ -8,7 +8,7 @@ import pytest
 from softrl.cli import sweep as command
 from softrl.studies.sweep import Axis, Search, TrialError, best, sweep
 from softrl.studies.sweep_recipes import with_values
-from softrl.studies.variance import ProblemSpec, VarianceConfig
+from softrl.studies.variance_config import ProblemSpec, VarianceConfig
 
 AXES = (Axis("a", (1, 2, 3)), Axis("b", ("x", None)))
 RECIPE = """

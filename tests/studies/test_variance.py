@@ -13,7 +13,8 @@ from softrl.studies import variance
 from softrl.studies.draws import Draws
 from softrl.studies.methods import Method, make_estimator
 from softrl.studies.problems import tiny_lm
-from softrl.studies.variance import ProblemSpec, Store, VarianceConfig, expanded, load_config, nested, run
+from softrl.studies.variance import Store, run
+from softrl.studies.variance_config import ProblemSpec, VarianceConfig, expanded, load_config, nested
 
 TINY = {"reward": "pair", "vocab_size": 4, "steps": 2, "num_samples": 4}
 RECIPE = {

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from softrl.cli import variance as command
-from softrl.studies.variance import ProblemSpec, Row, VarianceConfig, run
+from softrl.studies.variance import Row, run
+from softrl.studies.variance_config import ProblemSpec, VarianceConfig
 from softrl.studies.variance_figures import Figure, sweeps_of_estimators, sweeps_of_problems
 from softrl.studies.variance_report import COLUMNS, contradictions, number, summary, table, winner, write_report
 from softrl.studies.variance_style import styles
