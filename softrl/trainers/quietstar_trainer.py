@@ -318,15 +318,14 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         if {group.get("name") for group in optimizer.param_groups} & rates.keys():
             return optimizer
         named = dict((self.model if model is None else model).named_parameters())
-        for name, rate in rates.items():
+        for group_name, rate in rates.items():
+            own = {id(value): value for name, value in named.items() if _parameter_group(name) == group_name}
             if rate is None:
                 continue
-            own = [value for key, value in named.items() if key.startswith("mixing.") == (name == "mixing")
-                   and not key.startswith("lm.")]  # fmt: skip
-            taken = {id(parameter) for parameter in own}
             for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
-            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0, "name": name})
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            settings = {"params": list(own.values()), "lr": rate, "weight_decay": 0.0, "name": group_name}
+            optimizer.add_param_group(settings)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -373,3 +372,9 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
                 model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed,
                 args.branch_attention,
             )  # fmt: skip
+
+
+def _parameter_group(name: str) -> str:
+    """Which learning rate a parameter has: "lm", "mixing" (the head) or "thinking" (what else thinking adds)."""
+    first = name.removeprefix("module.").split(".")[0]
+    return first if first in ("lm", "mixing") else "thinking"
