@@ -225,3 +225,17 @@ def test_a_model_that_thinks_already_keeps_to_its_way(tmp_path):
     with pytest.raises(ValueError, match="model thinks already"):
         quietstar(tmp_path, thinker(), peft_config=LoraConfig(target_modules="all-linear"))
     assert quietstar(tmp_path, thinker(n_thought=3)).args.n_thought == 2  # its length may change
+
+
+def test_the_mixing_head_and_the_learned_embeddings_have_rates_of_their_own(tmp_path):
+    trainer = quietstar(tmp_path, learning_rate=0.01, thinking_learning_rate=0.2, mixing_learning_rate=0.1)
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(list(trainer.model.parameters()))
+    model = trainer.model
+    for expected, parameters in (
+        (0.01, model.lm.parameters()),
+        (0.1, model.mixing.parameters()),
+        (0.2, [model.start, model.end, model.pause]),
+    ):
+        assert {rates[id(parameter)] for parameter in parameters} == {expected}
