@@ -78,14 +78,14 @@ def test_parts_of_a_step_add_up(tmp_path):
         found = []
         for size, parts in ((8, 1), (4, 2), (2, 4)):
             trainer = quietstar(
-                tmp_path, train=texts(8, length=6), per_device_train_batch_size=size,
-                gradient_accumulation_steps=parts, learning_rate=0.01, **settings,
+                tmp_path, thinker("gpt2", n_thought=2), texts(8, length=6), per_device_train_batch_size=size,
+                gradient_accumulation_steps=parts, **settings,
             )  # fmt: skip
             trainer.train()
             found.append((parameters_of(trainer), logs_of(trainer, "loss"), logs_of(trainer, "nll")))
         for parameters, *numbers in found[1:]:
-            torch.testing.assert_close(parameters, found[0][0], rtol=0.0, atol=1e-5)
-            assert numbers == [pytest.approx(each, abs=1e-5) for each in found[0][1:]]
+            torch.testing.assert_close(parameters, found[0][0], rtol=0.0, atol=1e-10)
+            assert numbers == [pytest.approx(each, abs=1e-6) for each in found[0][1:]]
 
 
 @pytest.mark.parametrize("build", ["gpt2", "mamba"])
