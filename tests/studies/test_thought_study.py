@@ -59,7 +59,7 @@ def test_a_report_without_runs_says_what_makes_them(tmp_path, capsys):
     assert "holds no finished run of the recipe; softrl thoughts compare makes them" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["thoughts-pointer", "thoughts-pointer-early", "thoughts-shakespeare"])
+@pytest.mark.parametrize("name", ["thoughts-pointer", "thoughts-shakespeare"])
 def test_shipped_recipes_are_read(name):
     config = load_config(find_study(name))
     assert len(config.seeds) == 3
