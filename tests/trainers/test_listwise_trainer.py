@@ -106,10 +106,10 @@ def test_two_completions_give_trls_dpo_loss(tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     pairs = [("w4 w5 ", "w6 w7 w8", "w9"), ("w3 ", "w5", "w6 w6 w10"), ("w8 w9 w10 ", "w3 w4", "w4 w3")]
-    policy = llama()
+    policy, generator = llama(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     theirs = DPOTrainer(
         policy, llama(), processing_class=word_tokenizer(),
         train_dataset=Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs]),
