@@ -236,7 +236,8 @@ def _by_rule(
 def log_proposal(own: Float[Tensor, "N A S"], prior: Float[Tensor, "N A S"], proposal: str) -> Float[Tensor, "N A S"]:
     """log q of thoughts: "policy" π, "prior" π_ref, "mixture" half of each, `log ((π + π_ref) / 2)`.
 
-    A mixture whose halves are drawn in fixed numbers keeps importance weights unbiased (Veach and Guibas 1995).
+    A mixture whose halves are drawn in fixed numbers keeps importance weights unbiased (Veach and Guibas 1995), but
+    not baselines made of the other thoughts after a token: `QuietSTaRConfig` refuses those rules.
     """
     if proposal == "mixture":
         return torch.logaddexp(own.detach(), prior) - torch.tensor(2.0, dtype=own.dtype).log()

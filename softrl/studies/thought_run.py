@@ -163,12 +163,12 @@ def make_start(run: ThoughtRun, task: Task, write: Callable[[str], None]) -> Non
     write(f"seed {run.seed}: a start for all methods, {run.study.pretrain['max_steps']} steps without thoughts")
     settings = {**run.study.common, **run.study.pretrain, "thoughts": "none", "estimator": "rloo", "seed": run.seed}
     settings.pop("estimator_settings", None)
+    settings |= {"disable_tqdm": False, "logging_steps": 10**9}  # a bar alone
     with TemporaryDirectory() as scratch:
         trainer = QuietSTaRTrainer(
             first_model(run, task), QuietSTaRConfig(**{"output_dir": scratch, **_QUIET, **settings}), task.train,
             processing_class=task.tokenizer,
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with write_folder_atomically(folder) as temporary:

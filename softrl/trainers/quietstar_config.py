@@ -79,7 +79,8 @@ class QuietSTaRConfig(BaseConfig):
             Settings of that rule, for instance `{"positive_only": true}`.
         proposal (`str`, *optional*, defaults to `"policy"`):
             Where sampled thoughts come from: the `"policy"`, the `"prior"` (the model as it was when training began),
-            or a `"mixture"`, half of each.
+            or a `"mixture"`, half of each; not with `rloo`, `log_mean_exp` and `reinforce`'s mean baseline, which
+            compare a thought with the others after its token, of which each half then has another mixture.
         relative_to_prior (`bool`, *optional*, defaults to `False`):
             Whether rules that compare thoughts score them by `log π − log π_prior`.
         reward_surrogate (`bool`, *optional*, defaults to `False`):
@@ -261,6 +262,14 @@ class QuietSTaRConfig(BaseConfig):
             raise ValueError(
                 f"proposal='mixture' draws half of the thoughts from each, so num_thoughts must be even, got "
                 f"{self.num_thoughts}"
+            )
+        settings: Any = self.estimator_settings or {}
+        by_mean = self.estimator == "reinforce" and settings.get("baseline", "mean") == "mean"
+        if self.proposal == "mixture" and (by_mean or self.estimator in ("rloo", "log_mean_exp")):
+            raise ValueError(
+                f"proposal='mixture' with estimator={self.estimator!r}: half of a token's thoughts come from each "
+                "side, so that a baseline made of the others differs between the halves and biases the estimate; use "
+                "estimator='reinforce' with estimator_settings {'baseline': 'batch'}, or an objective on sets"
             )
 
     @property
