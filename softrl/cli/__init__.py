@@ -19,7 +19,7 @@ COMMANDS = {
     "sweep": "one recipe at many values of its keys: softrl sweep --config RECIPE --grid key=1,2 --output_dir DIR",
     "study": "measure what a setting does, as a figure: softrl study entropy-bound",
     "compare": "learning curves and reward against KL for several methods: softrl compare --config compare-quick",
-    "thoughts": "write with a model that thinks, compare ways to learn it: softrl thoughts generate | compare | report",
+    "thoughts": "write with a model that thinks, compare ways to learn it: softrl thoughts generate | compare",
     "doctor": "what is installed, which engines run here, and whether a recipe fits: softrl doctor --config RECIPE",
     "assets": "fetch, check, convert and cache the embedded model, reviews, encoder and rewards",
 }
