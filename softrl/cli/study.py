@@ -25,12 +25,21 @@ def main(argv: list[str]) -> int:
     overlap.add_argument(
         "--output", type=Path, default=Path("runs/overlap-bias.csv"), help="CSV and PNG (runs/overlap-bias.csv)"
     )
+    decoding = studies.add_parser("soft-decoding", help="soft against hard decoding, before and after tuning for it")
+    decoding.add_argument("--config", default="soft-decoding", help="a recipe's path, or its name (soft-decoding)")
+    decoding.add_argument("--output_dir", help="where runs and report go (the recipe's)")
+    decoding.add_argument("--tunings", nargs="+", help="run these only")
+    decoding.add_argument("--seeds", nargs="+", type=int, help="run these only")
+    decoding.add_argument("--only_report", action="store_true", help="run nothing; report what has been run")
     given = parser.parse_args(argv)
 
     from softrl.assets import AssetError
 
+    studies_by_name = {
+        "entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias, "soft-decoding": _soft_decoding,
+    }  # fmt: skip
     try:
-        return {"entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias}[given.study](given)
+        return studies_by_name[given.study](given)
     except (AssetError, ValueError) as error:
         print(f"softrl study: {error}", file=sys.stderr)
         return 1
@@ -62,4 +71,27 @@ def _overlap_bias(given: argparse.Namespace) -> int:
         error = f"{row.bias:+.4f} ± {row.bias_se:.4f}"
         print(f"{row.reward:<8} {row.entropy_nats:>6.2f} {row.soft:>7.3f} {row.hard:>7.3f} {error:>16}")
     print(f"Written to {given.output} and {figure}.")
+    return 0
+
+
+def _soft_decoding(given: argparse.Namespace) -> int:
+    import datasets
+    from transformers.utils import logging
+
+    from softrl.cli.arguments import find_study
+    from softrl.studies.soft_decoding_config import load_config
+    from softrl.studies.soft_decoding_report import write_report
+    from softrl.studies.soft_decoding_run import SoftDecodingStudy
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    study = SoftDecodingStudy(load_config(find_study(given.config), given.output_dir))
+    command = f"softrl study soft-decoding --config {given.config}"
+    if not given.only_report:
+        try:
+            study.train(given.tunings, given.seeds)
+        except KeyboardInterrupt:
+            print(f"Stopped. Finished runs are kept; go on with: {command}")
+            return 130
+    print(f"Written to {write_report(study.config, study.records(), command)}.")
     return 0
