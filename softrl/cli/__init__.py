@@ -12,6 +12,7 @@ COMMANDS = {
     "quickstart": "train SmolLM2-135M to write favourable reviews, and print before and after (about five minutes)",
     "train": "train a policy from a recipe: softrl train --config recipes/quickstart.yaml [--key value ...]",
     "evaluate": "held-out completions of a trained policy beside its start: softrl evaluate --config RECIPE",
+    "generate": "go on with prompts by soft tokens or hard ones: softrl generate --prompt TEXT [--model FOLDER]",
     "sft": "a supervised start for a policy, on prompts with references: softrl sft --config bleu/keywords",
     "reward": "fit a reward model on labelled texts or preference pairs: softrl reward fit --config minilm/reviews",
     "bench": "measure seconds, memory and errors: softrl bench rollout | thoughts | blocks | memory | hops",

@@ -25,4 +25,4 @@ class SoftText(HardRollout):
     entropy: Float[Tensor, "N T"]  # of the policy's whole distribution
     fed_entropy: Float[Tensor, "N T"]  # of what was fed
     nearest: Int[Tensor, "N T"]  # the token whose embedding is nearest to what was fed
-    distance: Float[Tensor, "N T"]  # to that embedding, Euclidean, over the mean norm of the kept embeddings
+    distance: Float[Tensor, "N T"]  # to that embedding, Euclidean, over the kept embeddings' mean norm by weight

@@ -53,7 +53,9 @@ def _curves(records: list[Record], looks: dict[str, Style]) -> Any:
                 along, mean, line, color=look.colour, marker=look.marker, markersize=4, linewidth=1.4, label=method
             )
             low, high = ([m + s * e for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
-            axis.fill_between(along, low, high, color=look.colour, alpha=0.12, linewidth=0)
+            axis.fill_between(
+                along, low, high, color=look.colour, alpha=0.12 if len(looks) <= 8 else 0.05, linewidth=0
+            )
         axis.set_xlabel(label)
     axes[0].set_ylabel("NLL of held-out true tokens, nats")
     _limit(axes, records)

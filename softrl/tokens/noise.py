@@ -48,6 +48,12 @@ class SequenceRandom:
         part.generators = self.generators[sequences]
         return part
 
+    def of(self, sequences: list[int]) -> "SequenceRandom":
+        """The streams of these sequences, in this order; what is drawn there is gone here."""
+        chosen = SequenceRandom([], self.device, self.rows)
+        chosen.generators = [self.generators[each] for each in sequences]
+        return chosen
+
     def exponential(self, size: int, dtype: torch.dtype) -> Float[Tensor, "N size"]:
         """Exp(1) draws, strictly positive.
 

@@ -1,0 +1,279 @@
+"""`softrl generate`: go on with prompts by soft tokens, or by hard ones."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROG = "softrl generate"
+EPILOG = """Without settings a model is decoded as the file soft_decoding.json beside it says, else by mixtures of few
+tokens with an entropy bound. With --thinking only what is inside <think> ... </think> is soft. Options of hard tokens
+are those of transformers; --temperature is of soft tokens too, unless --soft_temperature is given."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the process's exit status: 2 for a mistake."""
+    given = _parser().parse_args(argv)
+    from softrl.assets import AssetError
+
+    try:
+        return _generate(given)
+    except (AssetError, ValueError, TypeError, OSError) as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{PROG}: stopped; what is written is kept", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument("--model", default="smollm2-135m", help="a name, a folder, or an adapter's (smollm2-135m)")
+    parser.add_argument("--prompt", action="append", help="text to go on with; may be given repeatedly; - reads stdin")
+    parser.add_argument("--prompts_file", help="one prompt a line, or .jsonl with a `prompt` each, text or messages")
+    parser.add_argument("--chat", action="store_true", help="prompts are a user's messages: use the chat template")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of a text (64)")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts a prompt (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
+    parser.add_argument("--stop", action="append", help="end a text at this string; may be given repeatedly")
+    parser.add_argument("--output_file", help=".jsonl of texts, tokens, kept ids, weights and entropies")
+    parser.add_argument("--no_stream", action="store_true", help="print a text when it is finished")
+    parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16 (float32)")
+    soft = parser.add_argument_group("soft tokens")
+    soft.add_argument("--hard", action="store_true", help="no soft tokens at all")
+    soft.add_argument("--thinking", action="store_true", help="soft tokens inside <think> ... </think> only")
+    _add_soft_arguments(soft)
+    hard = parser.add_argument_group("hard tokens")
+    hard.add_argument("--do_sample", action="store_true", default=None, help="draw them; else the likeliest")
+    hard.add_argument("--temperature", type=float, help="of a draw (1)")
+    hard.add_argument("--top_k", type=int, help="draw from the k likeliest")
+    hard.add_argument("--top_p", type=float, help="draw from the likeliest with this mass")
+    hard.add_argument("--min_p", type=float, help="draw from those with this share of the largest")
+    return parser
+
+
+def _add_soft_arguments(group: Any) -> None:
+    """The settings that `model.generate` takes too; they are named here once more, so that --help needs no torch."""
+    group.add_argument("--relaxation", help="softmax, gumbel_softmax, straight_through, st_gumbel, ...")
+    group.add_argument("--relaxation_temperature", type=float, help="of the weights; instead of an entropy bound")
+    group.add_argument("--max_entropy_nats", type=float, help="bound of a soft token's entropy, below log K")
+    group.add_argument("--soft_temperature", type=float, help="sampling temperature, before truncation")
+    group.add_argument("--soft_top_k", type=int, help="K: ids that a soft token keeps")
+    group.add_argument("--soft_top_p", type=float, help="of them, keep the likeliest with this mass")
+    group.add_argument("--soft_min_p", type=float, help="of them, keep those with this share of the largest")
+    group.add_argument("--norm_correction", help="of a mixture: none, inverse_l2, match")
+    group.add_argument("--think_start", help="what opens the thinking, text (<think>)")
+    group.add_argument("--think_end", help="what closes it, text (</think>)")
+    group.add_argument(
+        "--force_thinking", action="store_true", default=None, help="open it first, if the prompt did not"
+    )
+    group.add_argument("--max_thinking_tokens", type=int, help="end it after so many tokens")
+    group.add_argument("--cold_stop_nats", type=float, help="end it where the policy's entropy stays below this")
+    group.add_argument("--cold_stop_steps", type=int, help="for so many tokens in a row (256)")
+
+
+def _generate(given: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if given.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {given.batch_size}")
+    prompts = read_prompts(given)
+    model, tokenizer = load(given.model, given.dtype)
+    from softrl.models.policy import Policy, check_policy
+
+    policy = Policy(model)
+    check_policy(policy)
+    decoding = _decoding(given, policy.vocab_size, tokenizer)
+    with _opened(given.output_file) as file:
+        for first in range(0, len(prompts), given.batch_size):
+            batch = prompts[first : first + given.batch_size]
+            record = _run(given, policy, tokenizer, decoding, batch, first, len(prompts))
+            _show(given, record, tokenizer, batch, len(prompts) * given.num_samples)
+            if file is not None:
+                for line in lines(record, tokenizer, batch, given.num_samples, given.seed, first):
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+    return 0
+
+
+def _run(
+    given: argparse.Namespace, policy: Any, tokenizer: Any, decoding: Any, batch: list[Any], first: int, count: int
+) -> Any:
+    from transformers import TextStreamer
+
+    from softrl.generation.soft_generate import soft_generate
+    from softrl.trainers.batches import INDEX_COLUMN, prompt_batch
+    from softrl.trainers.loading import eos_token_ids
+
+    rows = [{"prompt": prompt, INDEX_COLUMN: first + index} for index, prompt in enumerate(batch)]
+    device = next(policy.model.parameters()).device
+    made = prompt_batch(rows, tokenizer, 1, None, device)
+    streams = _streams(given, count)
+    if count > given.batch_size:
+        print(f"prompts {first + 1} to {first + len(batch)} of {count} ...", file=sys.stderr, flush=True)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return soft_generate(
+        policy, made.prompts, given.max_new_tokens, decoding, given.num_samples,
+        eos_token_ids(policy.model, tokenizer), given.seed, made.indices,
+        TextStreamer(tokenizer, skip_special_tokens=True) if streams else None, given.stop, tokenizer, pad_id=pad,
+        find_nearest=given.output_file is not None,
+    )  # fmt: skip
+
+
+def _streams(given: argparse.Namespace, num_prompts: int) -> bool:
+    """Texts of one batch would mix on the terminal."""
+    return not given.no_stream and num_prompts * given.num_samples == 1
+
+
+def _decoding(given: argparse.Namespace, vocab_size: int, tokenizer: Any) -> Any:
+    """The settings that the command gives, over those beside the model."""
+    from softrl.generation.soft_arguments import HARD_ARGUMENTS, SOFT_ARGUMENTS, THINK_END, THINK_START, decoding_from
+    from softrl.generation.soft_settings import DEFAULT_DECODING, Phase, SoftDecoding, load_soft_decoding
+
+    soft = {name: getattr(given, name) for name in SOFT_ARGUMENTS if getattr(given, name) is not None}
+    hard = {name: getattr(given, name) for name in HARD_ARGUMENTS if getattr(given, name) is not None}
+    truncating = sorted(set(hard) - {"do_sample", "temperature"})
+    if truncating and not given.do_sample:
+        raise ValueError(f"--{truncating[0]} is of draws of hard tokens; give --do_sample as well")
+    if given.hard:
+        if soft or given.thinking:
+            raise ValueError(f"--hard makes no soft tokens; leave out --{sorted(soft)[0] if soft else 'thinking'}")
+        if "temperature" in hard and not given.do_sample:
+            raise ValueError("--temperature is of draws; give --do_sample as well")
+        answering = decoding_from({"do_sample": False} | hard, DEFAULT_DECODING, vocab_size).answering
+        return SoftDecoding(Phase(None, answering.next_token))
+    saved = load_soft_decoding(given.model)
+    starts = given.thinking or "think_start" in soft or "think_end" in soft
+    if starts and not (saved is not None and saved.think_start and given.thinking and len(soft) == 0):
+        soft = {"think_start": THINK_START, "think_end": THINK_END} | soft
+    return decoding_from(soft | hard, saved, vocab_size, tokenizer)
+
+
+def read_prompts(given: argparse.Namespace) -> list[Any]:
+    """Texts or conversations from the command line, a file, or stdin.
+
+    Raises:
+        ValueError: there are none, or the file holds something else.
+    """
+    if given.prompt and given.prompts_file:
+        raise ValueError("--prompt and --prompts_file are given; keep one of them")
+    if given.prompts_file:
+        prompts = list(_from_file(Path(given.prompts_file)))
+    elif given.prompt and given.prompt != ["-"]:
+        prompts = list(given.prompt)
+    elif given.prompt or not sys.stdin.isatty():
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    else:
+        prompts = []
+    if not prompts:
+        raise ValueError("there is no prompt; give --prompt TEXT, --prompts_file FILE, or lines on stdin")
+    if given.chat:
+        prompts = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
+    return prompts
+
+
+def _from_file(path: Path) -> Iterator[Any]:
+    texts = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(texts, 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise ValueError(f"{path}, line {number}: expected an object with a `prompt`, got {line[:60]!r}")
+        yield row["prompt"]
+
+
+def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """A causal LM and its tokenizer by name, folder or adapter's folder, on a GPU where there is one.
+
+    Raises:
+        ValueError: the model thinks between tokens, or there is no tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import softrl.models.gru  # noqa: F401, whose models the Auto classes then know
+    from softrl.assets import resolve_model
+    from softrl.models.thinking import is_thinking_folder
+    from softrl.trainers.loading import supported_dtype
+
+    if is_thinking_folder(name):
+        raise ValueError(f"{name} holds a model that thinks between tokens; softrl thoughts generate writes with it")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {"dtype": supported_dtype(dtype, device)}
+    base = name
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        lm = AutoModelForCausalLM.from_pretrained(resolve_model(base), **settings)
+        model: Any = PeftModel.from_pretrained(lm, name)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **settings)
+    has_own = (Path(name) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(name if has_own else resolve_model(base), padding_side="left")
+    return model.eval().to(device), tokenizer
+
+
+class _opened:
+    """A file to write, or none."""
+
+    def __init__(self, name: str | None):
+        self.name = name
+
+    def __enter__(self) -> Any:
+        if self.name is None:
+            self.file: Any = None
+            return None
+        Path(self.name).parent.mkdir(parents=True, exist_ok=True)
+        self.file = Path(self.name).open("w", encoding="utf-8")
+        return self.file
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _show(given: argparse.Namespace, record: Any, tokenizer: Any, batch: list[Any], num_texts: int) -> None:
+    from softrl.trainers.batches import decode, prompt_text
+
+    if num_texts == 1 and _streams(given, len(batch)):
+        return
+    texts = decode(tokenizer, record.tokens, record.mask)
+    for row, text in enumerate(texts):
+        prompt = prompt_text(batch[row // given.num_samples])
+        print(f"{prompt}{text}" if num_texts == 1 else f"{prompt}{text}\n{'-' * 8}", flush=True)
+
+
+def lines(
+    record: Any, tokenizer: Any, batch: list[Any], num_samples: int, seed: int, first: int
+) -> Iterator[dict[str, Any]]:
+    """A record as objects for JSON, one a text; of every step the ids of weight, the heaviest first."""
+    from softrl.trainers.batches import decode
+
+    texts = decode(tokenizer, record.tokens, record.mask)
+    for row, text in enumerate(texts):
+        real = record.mask[row]
+        kept = [
+            [[i, round(w, 6)] for i, w in zip(ids, weights, strict=True) if w > 0.0]
+            for ids, weights in zip(record.ids[row][real].tolist(), record.weights[row][real].tolist(), strict=True)
+        ]
+        line = {
+            "prompt": batch[row // num_samples], "index": first + row // num_samples, "sample": row % num_samples,
+            "seed": seed, "text": text, "kept": kept,
+        }  # fmt: skip
+        for name in ("tokens", "is_soft", "likeliest", "nearest"):
+            line[name] = getattr(record, name)[row][real].tolist()
+        for name in ("entropy", "fed_entropy", "distance"):
+            line[name] = [round(value, 6) for value in getattr(record, name)[row][real].tolist()]
+        yield line
