@@ -38,12 +38,26 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class SupervisedTexts:
+    """Given text cut where its loss begins: prompts that are only read, and T tokens to be predicted after them.
+
+    `counted` are the tokens of the loss; those that are present and not counted (another speaker's turn) are read too.
+    """
+
+    prompts: Prompts
+    targets: Int[Tensor, "N T"]  # meaningless where nothing is present
+    present: Bool[Tensor, "N T"]
+    counted: Bool[Tensor, "N T"]
+
+
+@dataclass(frozen=True)
 class Support:
     """What a step draws and what stays constant thereafter: the kept ids, the noise on them and the hard choice.
 
     `noise` is in nats and added to the kept logits; `kept` is False where nucleus rules removed one of the K ids
     (its weight is then zero: truncation masks weights, never ids); `choice` indexes the K axis. `draws` are further
-    noises on the kept logits, of relaxations that average over several.
+    noises on the kept logits, of relaxations that average over several. `guidance` is how much of a true token is fed
+    by a guided relaxation, in [0, 1]; that token's id is then the last of the K.
     """
 
     ids: Int[Tensor, "*batch K"]
@@ -51,6 +65,7 @@ class Support:
     kept: Bool[Tensor, "*batch K"]
     choice: Int[Tensor, "*batch"]
     draws: Float[Tensor, "*batch S K"] | None = None
+    guidance: Float[Tensor, "*batch"] | None = None
 
     def tokens(self) -> Int[Tensor, "*batch"]:
         """The hard token of every step."""
@@ -146,7 +161,8 @@ class HardRollout:
 class Rollout:
     """Phase 1: what a policy generated, with all that the gradient phases need in order to replay it.
 
-    `weights` are the recorded p, `fed` the recorded q; neither carries a graph.
+    `weights` are the recorded p, `fed` the recorded q; neither carries a graph. `targets` are the true tokens of a
+    text that the rollout was made along; `mask` is then True on those that count.
     """
 
     prompts: Prompts  # one row a sequence: already repeated
@@ -156,6 +172,7 @@ class Rollout:
     mask: Bool[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]  # of the policy at its temperature, before nucleus rules, nats
     eos_ids: tuple[int, ...] = ()  # not empty: stopping is soft
+    targets: Int[Tensor, "N T"] | None = None
 
     @property
     def soft_tokens(self) -> SoftTokens:

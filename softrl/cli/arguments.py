@@ -17,10 +17,11 @@ TEXTS_DATASET = "review-texts"
 EMBEDDED_DATASETS = (BUILTIN_DATASET, KEYWORDS_DATASET, RANKINGS_DATASET, TEXTS_DATASET)
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
 TRAINERS = (
-    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "trl_rloo", "trl_grpo",
+    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "trl_rloo",
+    "trl_grpo",
 )  # fmt: skip
 # They sample no completions of prompts, and what they read has its scores: their data sets by default.
-WITHOUT_REWARDS = {"listwise": RANKINGS_DATASET, "quietstar": TEXTS_DATASET}
+WITHOUT_REWARDS = {"listwise": RANKINGS_DATASET, "quietstar": TEXTS_DATASET, "soft_sft": TEXTS_DATASET}
 
 
 @dataclass
@@ -32,12 +33,14 @@ class DataArguments:
         dataset_name (`str`, *optional*, defaults to `"review-openings"`):
             `"review-openings"`, `"review-keywords"` (sentences to be written from their keywords),
             `"review-rankings"` (four sentences that begin alike, scored by the token-linear classifier; the default of
-            `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"`), all embedded; a hub name,
+            `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"` and `"soft_sft"`), all
+            embedded; a hub name,
             a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a `prompt`
             column of texts or of conversations, which go through the tokenizer's chat template (a text file has one
             prompt a line). Rewards and metrics that compare need a column `reference`: a text, or a list of texts, as
             it would follow the prompt, its leading space included. `"listwise"` needs `completions` and `rewards` or
-            `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`.
+            `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`; `"soft_sft"` what TRL's
+            SFTTrainer reads (`text`, `messages`, `prompt` with `completion`), or a `reference` as the completion.
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of a hub data set or folder.
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
@@ -75,8 +78,8 @@ class TrainArguments(DataArguments):
             `"soft_rollout"`, `"reinforce"` (and its `estimator`), `"ppo"`, `"text_gan"` and `"reinforce_gan"` (whose
             `reward_funcs` name `"discriminator"`; the data set needs a column `reference`), `"listwise"` (on ranked
             completions in the data set; neither rewards nor a judge), `"quietstar"` (thoughts, on plain text; neither,
-            too), or TRL's own `"trl_rloo"` and `"trl_grpo"`
-            on the same data and rewards. Keys of another trainer are ignored, and named.
+            too), `"soft_sft"` (supervised, behind soft tokens; neither, too), or TRL's own `"trl_rloo"` and
+            `"trl_grpo"` on the same data and rewards. Keys of another trainer are ignored, and named.
         gradient_statistics (`bool`, *optional*, defaults to `False`):
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
             `gradient_accumulation_steps` of at least 2.
@@ -119,6 +122,7 @@ def config_class(trainer: str) -> type:
         "reinforce_gan": trainers.ReinforceGANConfig,
         "listwise": trainers.ListwisePreferenceConfig,
         "quietstar": trainers.QuietSTaRConfig,
+        "soft_sft": trainers.SoftSFTConfig,
         "trl_rloo": trl_config.TrlRLOOConfig,
         "trl_grpo": trl_config.TrlGRPOConfig,
     }

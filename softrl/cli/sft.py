@@ -54,7 +54,9 @@ def _train(arguments: Any, args: Any, model_args: Any) -> int:
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype=supported_dtype(model_args.dtype or "float32", args.device), revision=model_args.model_revision
     )
-    train, test = (_encoded(rows, tokenizer, args.append_eos, arguments.dataset_name) for rows in (train, test))
+    train, test = (
+        encoded_references(rows, tokenizer, args.append_eos, arguments.dataset_name) for rows in (train, test)
+    )
     trainer = SFTTrainer(
         model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
@@ -76,7 +78,7 @@ def _train(arguments: Any, args: Any, model_args: Any) -> int:
     return 0
 
 
-def _encoded(rows: Any, tokenizer: Any, append_eos: bool, name: str) -> Any:
+def encoded_references(rows: Any, tokenizer: Any, append_eos: bool, name: str) -> Any:
     """Token ids with a mask of the completion. TRL would end every text, also one that is cut, and split it anew."""
     from softrl.data.prompts import prompt_ids
 

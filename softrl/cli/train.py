@@ -54,6 +54,8 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
             "local folder with a model and its tokenizer, or a hub name"
         ) from error
     train, test = load_prompts(arguments, tokenizer)
+    if arguments.trainer == "soft_sft":
+        train, test = (_with_completions(rows, tokenizer, arguments.dataset_name) for rows in (train, test))
     settings = {
         "model": name,
         "args": training_args,
@@ -76,6 +78,7 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
             "reinforce_gan": "ReinforceGANTrainer",
             "listwise": "ListwisePreferenceTrainer",
             "quietstar": "QuietSTaRTrainer",
+            "soft_sft": "SoftSFTTrainer",
         }
         trainer_class = getattr(trainers, ours[arguments.trainer])
         if arguments.trainer not in WITHOUT_REWARDS:
@@ -86,6 +89,17 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
 
         GradientStatisticsCallback().add_to(trainer)
     return trainer
+
+
+def _with_completions(rows: Any, tokenizer: Any, dataset_name: str) -> Any:
+    """References as what TRL's SFTTrainer calls completions, where the data set has nothing else to train on."""
+    from softrl.cli.sft import encoded_references
+
+    columns = set(rows.column_names)
+    if "reference" not in columns or columns & {"completion", "messages", "text", "input_ids"}:
+        return rows
+    # Those of the openings are cut in mid-sentence, where nothing ends.
+    return encoded_references(rows, tokenizer, dataset_name != BUILTIN_DATASET, dataset_name)
 
 
 def _check_without_rewards(arguments: TrainArguments) -> None:
@@ -171,7 +185,7 @@ def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
     splits = read_data_set(name, EMBEDDED_DATASETS)
     if Path(name).is_file():
         loaded = splits["train"]
-        if Path(name).suffix == ".txt" and getattr(arguments, "trainer", None) != "quietstar":
+        if Path(name).suffix == ".txt" and getattr(arguments, "trainer", None) not in ("quietstar", "soft_sft"):
             loaded = loaded.rename_column("text", "prompt")
         if len(loaded) < 2:
             raise ValueError(f"dataset_name={name!r} has {len(loaded)} prompts; it needs two, one to hold out")
@@ -216,7 +230,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    from softrl.trainers import ListwisePreferenceConfig, QuietSTaRConfig, RolloutConfig
+    from softrl.trainers import ListwisePreferenceConfig, QuietSTaRConfig, RolloutConfig, SoftSFTConfig
     from softrl.trainers.checkpoints import latest_checkpoint
 
     wanted = training_args.resume_from_checkpoint
@@ -227,7 +241,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder; pass one, or 'latest'")
         return str(wanted)
     folder = training_args.output_dir
-    ours = isinstance(training_args, RolloutConfig | ListwisePreferenceConfig | QuietSTaRConfig)
+    ours = isinstance(training_args, RolloutConfig | ListwisePreferenceConfig | QuietSTaRConfig | SoftSFTConfig)
     newest = latest_checkpoint if ours else get_last_checkpoint  # TRL's have no list
     last = newest(folder) if Path(folder).is_dir() else None
     if last is None:

@@ -36,32 +36,36 @@ def unbiased_for(relaxation: Relaxation, settings: AdjointSettings) -> UnbiasedF
 
 @dataclass
 class PathwiseObjective:
-    """J of every sequence: the reward of the fed tokens plus the direct terms.
+    """J of every sequence: the reward of the fed tokens, if there is one, plus the direct terms.
 
     The reference reads the fed tokens through its own embedding, so J depends on q through it as well. Its hidden
-    states and the KL of every position stay behind, for phase 3 and for logs.
+    states and the KL of every position stay behind, for phase 3 and for logs; so does log π of true tokens.
     """
 
     policy: Policy
     rollout: Rollout
-    reward: Reward
+    reward: Reward | None
     terms: DirectTerms
     columns: dict[str, Sequence]
     reference_hidden: Float[Tensor, "N T E"] | None = None
     kl: Float[Tensor, "N T"] | None = None
+    target_log_probs: Float[Tensor, "N T"] | None = None
 
     def __call__(self, fed: Float[Tensor, "N T K"], hidden: Float[Tensor, "N T D"]) -> Float[Tensor, "N"]:
         """J [N] from q and the policy's hidden states, differentiable in both."""
         tokens = self.rollout.soft_tokens.with_weights(fed)
-        total = checked_soft(self.reward, tokens, **self.columns)
+        if self.reward is None:
+            total = torch.zeros_like(hidden[:, 0, 0])
+        else:
+            total = checked_soft(self.reward, tokens, **self.columns)
         if self.terms.are_zero:
             return total
         reference_hidden = None
         if self.terms.kl_weight > 0.0:
             reference_hidden = hidden_of_reference(self.terms, self.rollout, fed)
             self.reference_hidden = None if reference_hidden is None else reference_hidden.detach()
-        values = token_values(self.terms, self.policy, hidden, reference_hidden)
-        self.kl = values.kl
+        values = token_values(self.terms, self.policy, hidden, reference_hidden, self.rollout.targets)
+        self.kl, self.target_log_probs = values.kl, values.target_log_probs
         return total + survival_sum(values.value, tokens.survival.to(values.value.dtype)).to(total.dtype)
 
 
@@ -79,13 +83,17 @@ def hidden_of_reference(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What phase 3 needs; nothing in it carries a graph. `kl` is that of each position, nats; None without a KL."""
+    """What phase 3 needs; nothing in it carries a graph.
+
+    `kl` is that of each position, nats, None without a KL; `target_log_probs` is log π of its true token.
+    """
 
     rollout: Rollout
     cotangents: Cotangents
     embeds: Float[Tensor, "N T D"]
     reference_hidden: Float[Tensor, "N T E"] | None
     kl: Float[Tensor, "N T"] | None
+    target_log_probs: Float[Tensor, "N T"] | None = None
 
     def split(self, count: int) -> list["Estimate"]:
         """The same for `count` equal parts of the sequences, one after the other."""
@@ -97,7 +105,7 @@ def pathwise_estimate(
     policy: Policy,
     rollout: Rollout,
     relaxation: Relaxation,
-    reward: Reward,
+    reward: Reward | None,
     terms: DirectTerms,
     settings: AdjointSettings,
     columns: dict[str, Sequence] | None = None,
@@ -107,8 +115,8 @@ def pathwise_estimate(
 
     Args:
         policy, rollout, relaxation: phase 1's model, record and relaxation.
-        reward: its soft face is differentiated.
-        terms: KL and entropy terms.
+        reward: its soft face is differentiated; None where the direct terms are all of J.
+        terms: KL and entropy terms, and the likelihood of the rollout's true tokens.
         settings: how cotangents are solved for.
         columns: data-set columns handed to the reward, one entry a sequence.
         forward: see `solve_cotangents`.
@@ -119,7 +127,8 @@ def pathwise_estimate(
     cotangents = solve_cotangents(policy, rollout, relaxation, objective, settings, forward)
     embeds = recorded_embeds(policy, rollout)
     kl = objective.kl if terms.kl_weight > 0.0 else None
-    return Estimate(rollout, cotangents, embeds, objective.reference_hidden, kl)
+    scores = objective.target_log_probs if terms.target_weight > 0.0 else None
+    return Estimate(rollout, cotangents, embeds, objective.reference_hidden, kl, scores)
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,9 @@ def surrogate(
         direct = torch.zeros_like(hidden[:, 0, 0])
         kept = _kept_logits(policy, hidden, rollout)
     elif policy.trains_head:
-        outputs = token_outputs(policy, hidden, rollout.support.ids, terms.reference, estimate.reference_hidden)
+        outputs = token_outputs(
+            policy, hidden, rollout.support.ids, terms.reference, estimate.reference_hidden, targets=rollout.targets
+        )
         direct, kept = terms.total(outputs, rollout.soft_tokens.survival), outputs.kept_logits
     else:  # F reaches the parameters through the hidden states alone, and its derivative by them is known
         direct = (cotangents.by_hidden.detach().to(hidden.dtype) * hidden).sum((-2, -1))

@@ -1,4 +1,4 @@
-"""Settings that change over training: schedules by step, and a KL weight that holds the KL at a target.
+"""Settings that change over training: schedules by step or by epoch, and a KL weight that holds the KL at a target.
 
 A schedule is what a recipe can say, a number or a string such as "cosine:2.0->0.5@200". Both are pure functions of
 what they are given, so that a resumed run goes on where it stopped. Left out: warm-up, chained and periodic shapes.
@@ -15,6 +15,9 @@ GRAMMAR = (
     '"@200" (steps) or "@0.3" (fraction of the run) at its end, over its beginning: "linear:2.0->0.5", '
     '"cosine:1.0->0.1@200"'
 )
+
+BY_EPOCH = "epochs"
+EPOCH_GRAMMAR = '"epochs:1.0,0.7,0.3", a value an epoch, the last one from then on'
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SCHEDULE = re.compile(
@@ -104,6 +107,54 @@ class Schedule:
             share = progress if self.shape == "linear" else (1.0 - math.cos(math.pi * progress)) / 2.0
             value = first + (last - first) * share
         return min(max(value, min(first, last)), max(first, last))
+
+
+@dataclass(frozen=True)
+class EpochSchedule:
+    """A value an epoch, rising or falling throughout; the last one from then on.
+
+    Args:
+        values: at least one.
+    Raises:
+        ValueError: none, one that is not finite, or values that rise and fall.
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values or not all(math.isfinite(value) for value in self.values):
+            raise ValueError(f"a schedule by epoch needs finite values, got {list(self.values)}")
+        if list(self.values) not in (sorted(self.values), sorted(self.values, reverse=True)):
+            raise ValueError(f"values of a schedule must rise or fall throughout, got {list(self.values)}")
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every epoch has the same value."""
+        return self.values[0] == self.values[-1]
+
+    @property
+    def first(self) -> float:
+        """The value of the first epoch."""
+        return self.values[0]
+
+    def ends(self) -> tuple[float, float]:
+        """First and last value; every other one lies between them."""
+        return self.values[0], self.values[-1]
+
+    def at(self, epoch: float) -> float:
+        """The value of an epoch, from 0; within one it does not change."""
+        # Epochs are counted in fractions, whose sum may stay a rounding error below a whole number.
+        return self.values[min(int(epoch + 1e-6), len(self.values) - 1)]
+
+
+def parse_epoch_schedule(value: int | float | str, name: str) -> Schedule | EpochSchedule:
+    """As `parse_schedule`, where values by epoch have a meaning as well."""
+    if not isinstance(value, str) or value.partition(":")[0].strip() != BY_EPOCH:
+        return parse_schedule(value, name)
+    try:
+        return EpochSchedule(tuple(float(each) for each in value.partition(":")[2].split(",")))
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}. Expected {GRAMMAR}, or {EPOCH_GRAMMAR}") from error
 
 
 def parse_schedule(value: int | float | str, name: str, is_integer: bool = False) -> Schedule:

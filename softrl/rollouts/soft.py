@@ -13,6 +13,7 @@ from torch import Tensor
 from softrl.masking import is_any_of, mask_through_eos
 from softrl.models.policy import Policy, evaluating
 from softrl.tokens.divergences import entropy
+from softrl.tokens.guidance import Guide
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import Relaxation
 from softrl.types import Prompts, Rollout, SoftTokens, Support
@@ -59,6 +60,7 @@ def soft_rollout(
     eos_ids: tuple[int, ...] = (),
     soft_stopping: bool = False,
     on_step: Callable[[int], None] | None = None,
+    guide: Guide | None = None,
 ) -> Rollout:
     """Generate `num_steps` soft tokens for every sample of every prompt.
 
@@ -74,6 +76,7 @@ def soft_rollout(
         soft_stopping: weigh every token by its survival instead, the probability under the fed weights that no such
             id came before it, and differentiate through it. For one-hot tokens both are the same in value.
         on_step: called after every step with its index.
+        guide: true tokens for a `GuidedRelaxation`, one a step.
     Returns:
         The rollout, T axis cut to the longest sequence.
     Raises:
@@ -91,6 +94,8 @@ def soft_rollout(
         for step in range(num_steps):
             logits = policy.head(hidden)
             support = relaxation.draw(logits, random)
+            if guide is not None:
+                support = guide.joined(support, step)
             p = relaxation.weights(logits.gather(-1, support.ids), support)
             q = relaxation.fed(p, support)
             supports.append(support)

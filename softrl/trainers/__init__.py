@@ -16,6 +16,8 @@ from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.rollout_trainer import RolloutTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
+from softrl.trainers.soft_sft_config import SoftSFTConfig
+from softrl.trainers.soft_sft_trainer import SoftSFTTrainer
 
 __all__ = [
     "GradientStatisticsCallback",
@@ -33,6 +35,8 @@ __all__ = [
     "RolloutTrainer",
     "SoftRolloutConfig",
     "SoftRolloutTrainer",
+    "SoftSFTConfig",
+    "SoftSFTTrainer",
     "TextGANConfig",
     "TextGANTrainer",
     "evaluate_policy",

@@ -109,6 +109,16 @@ def shards_parameters(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type is DistributedType.FSDP
 
 
+def may_differentiate_twice(accelerator: Accelerator, gradient_checkpointing: bool) -> bool:
+    """Whether two phases may differentiate the same forward pass of the wrapped model.
+
+    Not under engines whose hooks expect one backward pass for a forward pass, nor with gradient checkpointing, which
+    would recompute the layers in every sweep.
+    """
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return not sharded and not gradient_checkpointing
+
+
 def largest_over_processes(accelerator: Accelerator, value: float) -> float:
     """The maximum of the processes' numbers."""
     here = torch.tensor([value], dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32)

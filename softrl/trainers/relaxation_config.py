@@ -13,17 +13,15 @@ from softrl.tokens.relaxation import RELAXATIONS, Relaxation, make_relaxation
 from softrl.tokens.temperature import check_entropy_bound
 from softrl.tokens.truncation import Truncation
 from softrl.trainers.rollout_config import RolloutConfig
+from softrl.trainers.scheduled import ScheduledArguments
 
 _AFTER_THE_RUN = 10**9  # any number of steps that no schedule exceeds
 
 
 @dataclass
-class RelaxationConfig(RolloutConfig):
+class SoftTokenArguments(ScheduledArguments):
     r"""
-    Base of the configurations of trainers that relax tokens: [`SoftRolloutConfig`] and [`ReinforceConfig`].
-
-    This class includes only the parameters that are specific to soft tokens. Model, data, sampler, objective and
-    logging are those of [`RolloutConfig`].
+    Arguments of soft tokens, for configurations that have `top_p` and `min_p` beside them.
 
     Parameters:
         > Parameters that control the relaxation
@@ -42,9 +40,6 @@ class RelaxationConfig(RolloutConfig):
             Treat the entropy bound's temperature as a constant in the backward pass.
         norm_correction (`str`, *optional*, defaults to `"none"`):
             `"none"`, `"inverse_l2"` or `"match"`: restore the norm that a mean of embeddings loses.
-        soft_stopping (`bool`, *optional*, defaults to `True`):
-            Weigh every token by its survival, so that the gradient knows what stopping earlier or later would change;
-            `False` ends sequences by their hard token only.
 
         > Parameters that control the cotangents
 
@@ -64,7 +59,7 @@ class RelaxationConfig(RolloutConfig):
             Steps a block of the blocked method.
     """
 
-    _SCHEDULED: ClassVar[dict[str, bool]] = RolloutConfig._SCHEDULED | {
+    _SCHEDULED: ClassVar[dict[str, bool]] = {  # name, and whether it is a whole number
         "top_k": True, "relaxation_temperature": False, "max_entropy_nats": False, "feedback_discount": False,
     }  # fmt: skip
     _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ("max_entropy_nats",)
@@ -82,7 +77,6 @@ class RelaxationConfig(RolloutConfig):
     norm_correction: str = field(
         default="none", metadata={"help": "Norm of mixtures.", "choices": ["none", "inverse_l2", "match"]}
     )
-    soft_stopping: bool = field(default=True, metadata={"help": "Weigh every token by its survival."})
 
     cotangent_method: str = field(
         default="auto", metadata={"help": "How cotangents are solved for.", "choices": list(METHODS)}
@@ -105,10 +99,13 @@ class RelaxationConfig(RolloutConfig):
         """Whether the method relaxes tokens; where it does not, these arguments do not matter."""
         return True
 
+    def check_relaxation(self, relaxation: Relaxation) -> None:
+        """Raise ValueError for a relaxation that does not go with the other arguments."""
+
     def _check_relaxation(self) -> None:
         # They raise on a number outside its range, before a model is loaded; values in between lie between the ends.
         for step in (0, _AFTER_THE_RUN):
-            self.check_engine_samples(self.make_relaxation(step, step))
+            self.check_relaxation(self.make_relaxation(step, step))
             self.adjoint_settings(step, step)
         schedules = self.schedules()
         if "max_entropy_nats" in schedules:  # the bound has to stay below log K where both change
@@ -118,10 +115,6 @@ class RelaxationConfig(RolloutConfig):
         """The sampler's nucleus rules, and K at a step of the run."""
         top_k = self.values_at(step, max(max_steps, 1))["top_k"]
         return Truncation(top_k, self.top_p, self.min_p)
-
-    def make_policy(self, model: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
-        """A model as the policy, or the reference, with the norm correction of its mixtures."""
-        return Policy(model, self.temperature, self.norm_correction, context)
 
     def make_relaxation(self, step: int = 0, max_steps: int = 1) -> Relaxation:
         """The relaxation at a step of the run."""
@@ -141,3 +134,29 @@ class RelaxationConfig(RolloutConfig):
         return AdjointSettings(
             self.cotangent_method, self.hops, discount, self.adjoint_clip, self.adjoint_tol, self.block_length
         )
+
+
+@dataclass
+class RelaxationConfig(SoftTokenArguments, RolloutConfig):
+    r"""
+    Base of the configurations of trainers that relax tokens: [`SoftRolloutConfig`] and [`ReinforceConfig`].
+
+    This class adds the parameters that are specific to soft tokens, see [`SoftTokenArguments`], to those of
+    [`RolloutConfig`]: model, data, sampler, objective and logging.
+
+    Parameters:
+        soft_stopping (`bool`, *optional*, defaults to `True`):
+            Weigh every token by its survival, so that the gradient knows what stopping earlier or later would change;
+            `False` ends sequences by their hard token only.
+    """
+
+    _SCHEDULED: ClassVar[dict[str, bool]] = RolloutConfig._SCHEDULED | SoftTokenArguments._SCHEDULED
+
+    soft_stopping: bool = field(default=True, metadata={"help": "Weigh every token by its survival."})
+
+    def check_relaxation(self, relaxation: Relaxation) -> None:
+        self.check_engine_samples(relaxation)
+
+    def make_policy(self, model: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
+        """A model as the policy, or the reference, with the norm correction of its mixtures."""
+        return Policy(model, self.temperature, self.norm_correction, context)

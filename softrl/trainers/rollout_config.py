@@ -9,15 +9,16 @@ from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
 from softrl.models.policy import Policy
-from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
+from softrl.objectives.schedules import AdaptiveKL
 from softrl.tokens.truncation import Truncation
 from softrl.trainers.engines import load_whole_models
 from softrl.trainers.precision import bf16_by_default, checkpoint_without_reentry
+from softrl.trainers.scheduled import ScheduledArguments
 from softrl.trainers.vllm_config import VLLMConfig
 
 
 @dataclass
-class RolloutConfig(VLLMConfig):
+class RolloutConfig(ScheduledArguments, VLLMConfig):
     r"""
     Configuration class for the [`RolloutTrainer`]; the configurations of the other trainers extend it.
 
@@ -96,8 +97,7 @@ class RolloutConfig(VLLMConfig):
             How many to print.
     """
 
-    _SCHEDULED: ClassVar[dict[str, bool]] = {"beta": False}  # name, and whether it is a whole number
-    _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ()
+    _SCHEDULED: ClassVar[dict[str, bool]] = {"beta": False}
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*VLLMConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults of TrainingArguments and TRL that rewards and rollouts want otherwise
@@ -190,32 +190,10 @@ class RolloutConfig(VLLMConfig):
                 f"early_stop_on_judge_drop={self.early_stop_on_judge_drop} looks at evaluations, and there are none; "
                 "set eval_strategy='steps' and eval_steps"
             )
-        for name, schedule in self.schedules().items():
-            if schedule.is_constant:  # the command line gives numbers as text
-                setattr(self, name, schedule.first)
+        self.constants_as_numbers()
         # Both raise on a number outside its range, before a model is loaded.
         self.make_truncation()
         self.make_kl_control()
-
-    def schedules(self) -> dict[str, Schedule]:
-        """The settings that may change over training, by name; without those that are not set.
-
-        Raises:
-            ValueError: a value is neither a number nor a schedule.
-        """
-        given = {name: getattr(self, name) for name in self._SCHEDULED}
-        for name, value in given.items():
-            if value is None and name not in self._MAY_BE_NONE:
-                raise ValueError(f"{name} is None; give it a number or a schedule")
-        return {
-            name: parse_schedule(value, name, is_integer=self._SCHEDULED[name])
-            for name, value in given.items()
-            if value is not None
-        }
-
-    def values_at(self, step: int, max_steps: int) -> dict[str, int | float]:
-        """The values of `schedules` at a step of the run."""
-        return {name: schedule.at(step, max_steps) for name, schedule in self.schedules().items()}
 
     @property
     def needs_reference(self) -> bool:

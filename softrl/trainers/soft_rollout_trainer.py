@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
 from softrl.trainers.batches import Completions, PromptBatch
-from softrl.trainers.engines import backward_but_last
+from softrl.trainers.engines import backward_but_last, may_differentiate_twice
 from softrl.trainers.rollout_trainer import RolloutTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.types import Rollout
@@ -124,16 +123,12 @@ class SoftRolloutTrainer(RolloutTrainer):
         return changing
 
     def _shares_a_pass(self, rollout: Rollout) -> bool:
-        """Whether phases 2 and 3 may differentiate the same forward pass of the wrapped model.
-
-        Not under engines whose hooks expect one backward pass for a forward pass, nor with gradient checkpointing,
-        which would recompute the layers in every sweep.
-        """
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        """Whether phases 2 and 3 differentiate the same forward pass of the wrapped model."""
         num_steps, replayable = rollout.mask.shape[1], self.policy.is_replayable
         method = chosen_method(self.adjoint_settings, self.relaxation, num_steps, replayable)
         whole = self.args.surrogate_chunks == 1
-        return method == "parallel" and whole and not sharded and not self.args.gradient_checkpointing
+        twice = may_differentiate_twice(self.accelerator, self.args.gradient_checkpointing)
+        return method == "parallel" and whole and twice
 
     def _in_one_pass(self, rollout: Rollout, columns: dict[str, list]) -> tuple[Estimate, SurrogateOutput]:
         forward = ForwardPass.of(self.policy, rollout)

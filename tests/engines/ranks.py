@@ -107,6 +107,8 @@ def trainer_of(case, folder):
     """The trainer of a case, of a tiny Llama in float32."""
     if case["method"] == "QuietSTaR":
         return thinking_trainer_of(case, folder)
+    if case["method"] == "SoftSFT":
+        return supervised_trainer_of(case, folder)
     from helpers import PairReward, classifier, llama
     from trainers.tiny import dataset, make, ranked_dataset, word_tokenizer
 
@@ -157,6 +159,21 @@ def thinking_trainer_of(case, folder):
         folder / (case["folder"] or f"{case['name']}-run"), model, texts(case["rows"], length=6), float32=True,
         **settings,
     )  # fmt: skip
+
+
+def supervised_trainer_of(case, folder):
+    """The same of supervised fine-tuning, on texts of different lengths: a mean over tokens is over those of all."""
+    from helpers import llama
+    from peft import LoraConfig
+    from trainers.soft_sft import soft_sft, texts
+
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian") if case["lora"] else None
+    settings = {
+        "ddp_backend": "gloo" if case["world"] > 1 else None, "use_cpu": case["engine"] in ("single", "ddp"),
+        **case["settings"],
+    }  # fmt: skip
+    place = folder / (case["folder"] or f"{case['name']}-run")
+    return soft_sft(place, llama().float(), texts(case["rows"], "prompt"), peft_config=lora, **settings)
 
 
 def free_parameters(accelerator):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_schedule
+from softrl.objectives.schedules import AdaptiveKL, Schedule, parse_epoch_schedule, parse_schedule
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,19 @@ def test_controller_refuses_what_it_cannot_control():
     for state in ({}, {"weight": 0.0}, {"weight": 0.1, "step": 3}):
         with pytest.raises(ValueError, match="as `state_dict` gives it"):
             controller.load_state_dict(state)
+
+
+def test_a_value_by_epoch_changes_at_its_epoch_and_the_last_one_stays():
+    schedule = parse_epoch_schedule("epochs: 1.0, 0.7, 0.3", "guidance_alpha")
+    assert schedule.ends() == (1.0, 0.3)
+    assert not schedule.is_constant
+    found = [schedule.at(epoch) for epoch in (0.0, 0.5, 1.0 - 1e-9, 1.0, 1.99, 2.0, 7.5)]
+    assert found == [1.0, 1.0, 0.7, 0.7, 0.7, 0.3, 0.3]
+    assert parse_epoch_schedule("linear:1.0->0.0", "guidance_alpha") == parse_schedule("linear:1.0->0.0", "x")
+    assert parse_epoch_schedule("epochs:0.5", "guidance_alpha").is_constant
+
+
+@pytest.mark.parametrize("text", ["epochs:", "epochs:1.0,x", "epochs:1.0,0.2,0.5", "epochs:nan"])
+def test_impossible_values_by_epoch_are_named_with_the_grammar(text):
+    with pytest.raises(ValueError, match=r"guidance_alpha='epochs:.*Expected .*a value an epoch"):
+        parse_epoch_schedule(text, "guidance_alpha")

@@ -1,0 +1,134 @@
+"""Configuration of `SoftSFTTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, get_args
+
+from torch import nn
+from trl import SFTConfig
+
+from softrl.models.policy import Policy
+from softrl.objectives.token_terms import DirectTerms
+from softrl.tokens.guidance import GuidanceRule, GuidedRelaxation, guided
+from softrl.tokens.relaxation import RELAXATIONS
+from softrl.trainers.engines import load_whole_models
+from softrl.trainers.precision import bf16_by_default, checkpoint_without_reentry
+from softrl.trainers.relaxation_config import SoftTokenArguments
+
+
+@dataclass
+class SoftSFTConfig(SoftTokenArguments, SFTConfig):
+    r"""
+    Configuration class for the [`SoftSFTTrainer`].
+
+    Model, data and training are those of [`~trl.SFTConfig`], relaxation and cotangents those of
+    [`SoftTokenArguments`]; `hops=0` detaches the feedback, so that a step is one ordinary pass behind its rollout. The
+    learning rate's warm-up is `warmup_steps`.
+
+    Parameters:
+        guidance (`str`, *optional*, defaults to `"mix"`):
+            How the true token is fed beside the model's own soft one: `"mix"` feeds `α e_true + (1 − α) e_soft`,
+            `"floor"` lifts the true token's weight to at least α.
+        guidance_alpha (`float` or `str`, *optional*, defaults to `"linear:1.0->0.5"`):
+            α in [0, 1]; a number, a schedule over the run, or values by epoch such as `"epochs:1.0,0.7,0.5"`. 1 is
+            teacher forcing, 0 feeds the model its own soft tokens only.
+        true_token_probability (`float` or `str`, *optional*, defaults to `0.0`):
+            Scheduled sampling: at each step the true token is fed with this probability, else the guided soft one; a
+            number, a schedule or values by epoch.
+        entropy_penalty (`float` or `str`, *optional*, defaults to `0.0`):
+            β of `+ β H` in the loss, nats a token; a number or a schedule.
+        top_p, min_p (`float`, *optional*, default to `1.0` and `0.0`):
+            Nucleus rules of a soft token.
+        freeze_embeddings (`bool`, *optional*, defaults to `False`):
+            Keep the input embedding as it is, and a head that is tied to it.
+        freeze_layers (`int`, *optional*, defaults to `0`):
+            Keep so many of the first layers as they are.
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            A step whose gradient norm is not finite is not taken. So many in a row end the run with an error, after a
+            checkpoint if there is a `save_strategy`.
+    """
+
+    _SCHEDULED: ClassVar[dict[str, bool]] = SoftTokenArguments._SCHEDULED | {
+        "guidance_alpha": False, "true_token_probability": False, "entropy_penalty": False,
+    }  # fmt: skip
+    _BY_EPOCH: ClassVar[tuple[str, ...]] = ("guidance_alpha", "true_token_probability")
+    max_reward_jump: ClassVar[float | None] = None  # of `StepGuardMixin`: there are no rewards
+
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision. By default on where a GPU supports it, off on a CPU."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the last phase: less memory, more time."}
+    )
+    # Annotated as text because HfArgumentParser knows one type an argument.
+    guidance_alpha: str = field(
+        default="linear:1.0->0.5", metadata={"help": "How much of the true token is fed; a number or a schedule."}
+    )
+    guidance: str = field(default="mix", metadata={"help": "How it is fed.", "choices": list(get_args(GuidanceRule))})
+    true_token_probability: str = field(
+        default=0.0, metadata={"help": "Probability of feeding the true token alone; a number or a schedule."}
+    )
+    entropy_penalty: str = field(default=0.0, metadata={"help": "Weight of the entropy in the loss."})
+    relaxation: str = field(default="softmax", metadata={"help": "Relaxation.", "choices": list(RELAXATIONS)})
+    top_k: str = field(default=16, metadata={"help": "Kept ids of a soft token (K)."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus mass of a soft token."})
+    min_p: float = field(default=0.0, metadata={"help": "Smallest probability relative to the largest one."})
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the input embedding as it is."})
+    freeze_layers: int = field(default=0, metadata={"help": "Keep so many of the first layers as they are."})
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Stop after so many steps in a row that were not taken."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = bf16_by_default(self)
+        super().__post_init__()
+        load_whole_models()
+        checkpoint_without_reentry(self)
+        self._check_numbers()
+        self._check_against_host()
+        self.constants_as_numbers()
+
+    def _check_numbers(self) -> None:
+        schedules = self.schedules()
+        for name in ("guidance_alpha", "true_token_probability"):
+            if not all(0.0 <= end <= 1.0 for end in schedules[name].ends()):
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+        if min(schedules["entropy_penalty"].ends()) < 0.0:
+            raise ValueError(f"entropy_penalty must not be negative, got {self.entropy_penalty!r}")
+        if self.guidance not in get_args(GuidanceRule):
+            raise ValueError(f"guidance must be one of {get_args(GuidanceRule)}, got {self.guidance!r}")
+        for name, least in (("freeze_layers", 0), ("max_skipped_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def _check_against_host(self) -> None:
+        """Refuse what TRL's trainer would do to texts or to the loss that soft tokens do not go with."""
+        refused = {
+            "packing": (False, "soft tokens are rolled out text by text"),
+            "eval_packing": (None, "soft tokens are rolled out text by text"),
+            "padding_free": (False, "soft tokens are rolled out text by text"),
+            "loss_type": ("nll", "the loss is the log-likelihood"),
+            "label_smoothing_factor": (0.0, "the loss is the log-likelihood"),
+            "activation_offloading": (False, "phases without gradients would be offloaded as well"),
+        }
+        for name, (allowed, reason) in refused.items():
+            given = getattr(self, name)
+            if given != allowed and not (name == "eval_packing" and given is False):
+                raise ValueError(f"{name}={given!r} does not go with soft tokens: {reason}; leave it at {allowed!r}")
+
+    def make_policy(self, model: nn.Module) -> Policy:
+        """The model as it is trained: at temperature 1, since the loss is on raw logits."""
+        return Policy(model, 1.0, self.norm_correction)
+
+    def make_guided(self, step: int = 0, max_steps: int = 1) -> GuidedRelaxation:
+        """The guided relaxation at a step of the run."""
+        return guided(self.make_relaxation(step, max_steps), self.guidance)
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether no gradient goes through the feedback."""
+        return self.hops == 0
+
+    def terms(self, entropy_penalty: float) -> DirectTerms:
+        """The objective of a token: log-likelihood less the entropy's penalty."""
+        return DirectTerms(entropy_weight=-entropy_penalty, target_weight=1.0)
