@@ -9,7 +9,6 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -136,10 +135,11 @@ class Material:
     def others(self) -> Dataset:
         """Text that no tuning reads: Shakespeare, evenly spread."""
         length = self.config.prompt_length_tokens + self.config.text_length_tokens
-        ids = self.tokenizer(shakespeare("test")[:200_000], add_special_tokens=False).input_ids
-        step = (len(ids) - length) // self.config.num_texts
-        starts = [number * step for number in range(self.config.num_texts)]
-        return self._rows([ids[start : start + length] for start in starts])
+        text, count = shakespeare("test"), self.config.num_texts
+        room = 40 * length  # characters: no text has so long words throughout
+        starts = [number * (len(text) - room) // count for number in range(count)]
+        pieces = [text[start : start + room] for start in starts]
+        return self._rows([ids[:length] for ids in self.tokenizer(pieces, add_special_tokens=False).input_ids])
 
     @cached_property
     def questions(self) -> Dataset:
@@ -153,9 +153,7 @@ class Material:
 
     def _reviews(self, split: Any, count: int) -> Dataset:
         lengths = (self.config.prompt_length_tokens, split)
-        rows = review_openings(
-            self.tokenizer, count, *lengths, reference_length_tokens=self.config.text_length_tokens
-        )
+        rows = review_openings(self.tokenizer, count, *lengths, reference_length_tokens=self.config.text_length_tokens)
         encode = self.tokenizer
         ids = [
             encode(prompt, add_special_tokens=False).input_ids + encode(reference, add_special_tokens=False).input_ids
@@ -284,10 +282,10 @@ def answer_numbers(policy: Policy, material: Material, decoding: SoftDecoding) -
             prompt_indices=list(range(start, start + len(rows))),
         )  # fmt: skip
         texts = decode(material.tokenizer, record.tokens, record.mask)
-        right += [
-            extract_answer(text, row["kind"]) == row["answer"] for text, row in zip(texts, rows, strict=True)
-        ]
-    kinds = {kind: [r for r, k in zip(right, questions["kind"], strict=True) if k == kind] for kind in questions["kind"]}
+        right += [extract_answer(text, row["kind"]) == row["answer"] for text, row in zip(texts, rows, strict=True)]
+    kinds = {
+        kind: [r for r, k in zip(right, questions["kind"], strict=True) if k == kind] for kind in questions["kind"]
+    }
     return {
         "accuracy": sum(right) / len(right), "right": right,
         "accuracy_by_kind": {kind: sum(values) / len(values) for kind, values in kinds.items()},

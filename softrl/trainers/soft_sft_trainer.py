@@ -27,7 +27,7 @@ from softrl.estimators.supervised import PlainOutput, fed_entropy, guided_rollou
 from softrl.estimators.system import Cotangents, ForwardPass
 from softrl.models.freezing import freeze
 from softrl.models.policy import check_policy, evaluation_mode
-from softrl.tokens.guidance import coin_amounts
+from softrl.tokens.guidance import GuidedRelaxation, coin_amounts
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
@@ -333,11 +333,11 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
             num_samples=len(self.last_evaluation),
         )
 
-    def measure(self, inputs: dict[str, Tensor]) -> list[TextNLL]:
-        """Both NLLs of a batch."""
+    def measure(self, inputs: dict[str, Tensor], relaxation: GuidedRelaxation | None = None) -> list[TextNLL]:
+        """Both NLLs of a batch; soft tokens are made as at this step of the training, or by another relaxation."""
         indices, texts = inputs[INDEX_COLUMN], self._texts(inputs)
         random = self._random(indices, _EVALUATION_STEP)
-        return measure_texts(self.policy, texts, indices.tolist(), self.relaxation, random)
+        return measure_texts(self.policy, texts, indices.tolist(), relaxation or self.relaxation, random)
 
     # Saving
 
