@@ -1,4 +1,4 @@
-"""One run of `softrl study soft-decoding`: a model is tuned, then decoded hard and soft on held-out text and questions.
+"""One run of `softrl study soft-decoding`: a model is tuned, then decoded hard and soft.
 
 What is measured of a decoding: how well the model predicts held-out text behind what it fed itself, how likely the
 model it began as finds the text it wrote, how much it repeats itself, how many questions it answers, and the entropy
