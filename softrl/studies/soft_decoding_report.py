@@ -23,13 +23,13 @@ _BODY = """
 <h2>Decodings</h2>
 {{ table(columns, rows, 2) }}
 <p class="note">Means over seeds ± one standard error; “untuned” has no seeds. Base NLL: of the text that was
-written, under the model that all begin from, nats a token; low with much repetition is a loop. Repetition: share of equal pairs of
-bigrams. Own NLL: of held-out text behind what the model feeds itself, nats a token.</p>
+written, under the model that all begin from, nats a token; low with much repetition is a loop. Repetition:
+share of equal pairs of bigrams. Own NLL: of held-out text behind what the model feeds itself, nats a token.</p>
 <h2>What soft decoding loses against “{{ hard }}”</h2>
 {{ table(gap_columns, gaps, 2) }}
 <p class="note">Differences to “{{ hard }}” of the same model, seed by seed. Closer to zero: the two decodings do
 the same. Change: of the distance from zero, to that of the untuned model.</p>
-{{ figure(figures.entropy, "Entropy by step, of the policy (lines) and of what it was fed (dashed): means over texts") }}
+{{ figure(figures.entropy, "Entropy by step: of the policy (lines), of what it was fed (dashed); means over texts") }}
 <h2>What the tuning changed besides</h2>
 {{ table(["tuning", "NLL of held-out reviews", "NLL of Shakespeare", "seconds of training"], besides) }}
 <p class="note">Behind true tokens, nats a token. Shakespeare is in no tuning: what is forgotten shows there.</p>
