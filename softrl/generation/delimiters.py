@@ -41,7 +41,7 @@ class Delimiter:
     def completed(self, tokens: Int[Tensor, "N S"]) -> Bool[Tensor, "N"]:
         """Whether the last token of each row completes the delimiter."""
         if self.tokenizer is not None:
-            return self.criterion(tokens, None)  # type: ignore[arg-type]
+            return self.criterion(tokens, None)
         wanted = torch.tensor(self.ids, device=tokens.device)
         if tokens.shape[1] < len(wanted):
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)

@@ -97,15 +97,15 @@ def _relaxation(given: dict[str, Any], base: Relaxation | None, vocab_size: int 
         temperature, bound = base.temperature, base.max_entropy_nats
         if bound is not None and bound >= math.log(truncation.top_k):
             bound = None
-    name = given.get("relaxation", base.name)
+    name, temperature = given.get("relaxation", base.name), 1.0 if temperature is None else temperature
     if name == base.name:
-        bounds = {"temperature": 1.0 if temperature is None else temperature, "max_entropy_nats": bound}
-        return replace(base, truncation=truncation, **bounds)
-    return make_relaxation(name, truncation, 1.0 if temperature is None else temperature, bound)
+        return replace(base, truncation=truncation, temperature=temperature, max_entropy_nats=bound)
+    return make_relaxation(name, truncation, temperature, bound)
 
 
 def next_token_from(given: dict[str, Any], base: NextToken) -> NextToken:
     """How hard tokens are chosen, by the names of `HARD_ARGUMENTS`; transformers' `top_k` of 0 keeps all."""
+    given = {name: value for name, value in given.items() if value is not None}
     greedy = not given["do_sample"] if "do_sample" in given else base.greedy
     if greedy:
         return NextToken(greedy=True)
