@@ -6,10 +6,10 @@
 `write_custom_generate(folder)` writes such a folder; in a model's own folder it makes soft decoding the model's
 `generate` for all who load it with `trust_remote_code=True`.
 
-What transformers' own arguments mean: those of sampling are for hard tokens, `temperature` for soft ones as well;
-as ever, several texts a prompt need `do_sample=True`, whatever is drawn. Processors of logits (repetition penalty, forbidden words, ...) and stopping criteria see the tokens that are shown.
-What has no meaning here is an error that names it. Left out: encoder-decoder models, and models that are sharded over
-processes.
+What transformers' own arguments mean: those of sampling are for hard tokens, `temperature` for soft ones as well.
+Several texts a prompt need `do_sample=True`, as ever, whatever is drawn. Processors of logits (repetition penalty,
+forbidden words, ...) and stopping criteria see the tokens that are shown. What has no meaning here is an error that
+names it. Left out: encoder-decoder models, and models that are sharded over processes.
 """
 
 import sys
@@ -143,7 +143,7 @@ def soft_decode(
     record = soft_generate(
         policy, prompts, max_new_tokens, chosen, num_samples, _eos_ids(generation_config),
         int(torch.randint(2**62, ())) if seed is None else seed, None,
-        None if streamer is None else _WithoutPrompt(streamer), criteria or None, soft_tokenizer, processors.__call__ if processors else None,
+        None if streamer is None else _WithoutPrompt(streamer), criteria or None, soft_tokenizer, processors or None,
         _pad_id(generation_config), num_recorded, find_nearest,
     )  # fmt: skip
     sequences = torch.cat([input_ids, record.tokens], 1)

@@ -7,7 +7,7 @@ Source: softrl maths, sections 1 and 8; seeds/004.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +26,7 @@ from softrl.tokens.temperature import softmax_entropy
 from softrl.types import Prompts
 
 # Logits (N, V) of the next token as token ids (N, S) would have them: transformers' processors are such functions.
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+LogitsProcessor = Callable[[Any, Tensor], Any]
 
 
 @runtime_checkable
