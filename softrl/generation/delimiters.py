@@ -32,7 +32,10 @@ class Delimiter:
         self.tokenizer = tokenizer if len(ids) > 1 else None
         if self.tokenizer is not None:
             self.text = self._decoded(list(ids))
-            self.criterion = StopStringCriteria(self.tokenizer, [self.text])
+            try:
+                self.criterion = StopStringCriteria(self.tokenizer, [self.text])
+            except ValueError:  # a vocabulary of whole words, of which transformers cannot say what their pieces spell
+                self.tokenizer = None
 
     def _decoded(self, ids: list[int]) -> str:
         assert self.tokenizer is not None

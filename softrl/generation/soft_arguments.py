@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softrl.generation.next_token import NextToken
 from softrl.generation.soft_settings import DEFAULT_DECODING, Phase, SoftDecoding
+from softrl.tokens.embedding import check_norm_correction
 from softrl.tokens.relaxation import Relaxation, make_relaxation
 from softrl.tokens.truncation import Truncation
 
@@ -76,6 +77,7 @@ def decoding_from(
     if any(name in given for name in HARD_ARGUMENTS):
         answer = Phase(None, next_token_from(given, base.answering.next_token))
     others = {name: given[name] for name in _OF_THE_TEXT if name in given}
+    check_norm_correction(others.get("norm_correction", "none"))
     for name in ("think_start", "think_end"):
         if name in others:
             others[name] = delimiter_ids(others[name], tokenizer, name)

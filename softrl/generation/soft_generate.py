@@ -161,7 +161,13 @@ def stop_criterion(stop: str | Sequence[str] | Stop | None, tokenizer: PreTraine
         return None
     if tokenizer is None or not all(strings):
         raise ValueError(f"stop={strings}: expected non-empty strings, and the model's tokenizer to find them with")
-    return StopStringCriteria(tokenizer, strings)
+    try:
+        return StopStringCriteria(tokenizer, strings)
+    except ValueError as error:
+        raise ValueError(
+            f"stop={strings}: transformers cannot find strings among the tokens of {type(tokenizer).__name__}, as "
+            f"in a vocabulary of whole words ({error}); stop at token ids instead (eos_ids)"
+        ) from error
 
 
 def _step(

@@ -38,7 +38,8 @@ def folder(tmp_path, monkeypatch):
 def test_as_soft_generate(build, decoding):
     model = build()
     output = model.generate(
-        **INPUTS, custom_generate=soft_decode, max_new_tokens=7, num_return_sequences=2, do_sample=True, decoding=decoding, seed=4,
+        **INPUTS, custom_generate=soft_decode, max_new_tokens=7, num_return_sequences=2, do_sample=True,
+        decoding=decoding, seed=4,
         return_dict_in_generate=True, num_recorded=6, eos_token_id=[EOS, 7],
     )  # fmt: skip
     record = soft_generate(
@@ -49,7 +50,8 @@ def test_as_soft_generate(build, decoding):
     torch.testing.assert_close(output.record.weights, record.weights)
     assert torch.equal(output.record.nearest, record.nearest)
     plain = model.generate(
-        **INPUTS, custom_generate=soft_decode, max_new_tokens=7, num_return_sequences=2, do_sample=True, decoding=decoding, seed=4,
+        **INPUTS, custom_generate=soft_decode, max_new_tokens=7, num_return_sequences=2, do_sample=True,
+        decoding=decoding, seed=4,
         eos_token_id=[EOS, 7],
     )  # fmt: skip
     assert torch.equal(plain, output.sequences)
