@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", help="end a text at this string; may be given repeatedly")
     parser.add_argument("--output_file", help=".jsonl of texts, tokens, kept ids, weights and entropies")
     parser.add_argument("--no_stream", action="store_true", help="print a text when it is finished")
-    parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16 (float32)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model (float32)"
+    )
     soft = parser.add_argument_group("soft tokens")
     soft.add_argument("--hard", action="store_true", help="no soft tokens at all")
     soft.add_argument("--thinking", action="store_true", help="soft tokens inside <think> ... </think> only")
@@ -92,7 +95,8 @@ def _generate(given: argparse.Namespace) -> int:
         for first in range(0, len(prompts), given.batch_size):
             batch = prompts[first : first + given.batch_size]
             record = _run(given, policy, tokenizer, decoding, batch, first, len(prompts))
-            _show(given, record, tokenizer, batch, len(prompts) * given.num_samples)
+            if not _streams(given, len(prompts)):
+                _show(record, tokenizer, batch, given.num_samples, len(prompts) * given.num_samples)
             if file is not None:
                 for line in lines(record, tokenizer, batch, given.num_samples, given.seed, first):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -112,16 +116,37 @@ def _run(
     rows = [{"prompt": prompt, INDEX_COLUMN: first + index} for index, prompt in enumerate(batch)]
     device = next(policy.model.parameters()).device
     made = prompt_batch(rows, tokenizer, 1, None, device)
-    streams = _streams(given, count)
-    if count > given.batch_size:
-        print(f"prompts {first + 1} to {first + len(batch)} of {count} ...", file=sys.stderr, flush=True)
+    where = f"prompts {first + 1} to {first + len(batch)} of {count}"
+    if count > given.batch_size and not sys.stderr.isatty():
+        print(f"{where} ...", file=sys.stderr, flush=True)
+    if _streams(given, count):
+        streamer: Any = TextStreamer(tokenizer, skip_special_tokens=True)
+    else:
+        streamer = _Bar(given.max_new_tokens, where)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     return soft_generate(
         policy, made.prompts, given.max_new_tokens, decoding, given.num_samples,
         eos_token_ids(policy.model, tokenizer), given.seed, made.indices,
-        TextStreamer(tokenizer, skip_special_tokens=True) if streams else None, given.stop, tokenizer, pad_id=pad,
+        streamer, given.stop, tokenizer, pad_id=pad,
         find_nearest=given.output_file is not None,
     )  # fmt: skip
+
+
+class _Bar:
+    """A streamer that shows on a terminal how far a batch is."""
+
+    def __init__(self, max_new_tokens: int, where: str):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=max_new_tokens, desc=where, unit="token", leave=False, disable=None, initial=-1)
+
+    def put(self, value: Any) -> None:
+        """The prompts come first, then every token of the batch."""
+        self.bar.update(1)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
 
 
 def _streams(given: argparse.Namespace, num_prompts: int) -> bool:
@@ -225,33 +250,20 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     return model.eval().to(device), tokenizer
 
 
-class _opened:
+def _opened(name: str | None) -> Any:
     """A file to write, or none."""
-
-    def __init__(self, name: str | None):
-        self.name = name
-
-    def __enter__(self) -> Any:
-        if self.name is None:
-            self.file: Any = None
-            return None
-        Path(self.name).parent.mkdir(parents=True, exist_ok=True)
-        self.file = Path(self.name).open("w", encoding="utf-8")
-        return self.file
-
-    def __exit__(self, *error: object) -> None:
-        if self.file is not None:
-            self.file.close()
+    if name is None:
+        return nullcontext()
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    return Path(name).open("w", encoding="utf-8")
 
 
-def _show(given: argparse.Namespace, record: Any, tokenizer: Any, batch: list[Any], num_texts: int) -> None:
+def _show(record: Any, tokenizer: Any, batch: list[Any], num_samples: int, num_texts: int) -> None:
     from softrl.trainers.batches import decode, prompt_text
 
-    if num_texts == 1 and _streams(given, len(batch)):
-        return
     texts = decode(tokenizer, record.tokens, record.mask)
     for row, text in enumerate(texts):
-        prompt = prompt_text(batch[row // given.num_samples])
+        prompt = prompt_text(batch[row // num_samples])
         print(f"{prompt}{text}" if num_texts == 1 else f"{prompt}{text}\n{'-' * 8}", flush=True)
 
 

@@ -1,15 +1,15 @@
 """Soft decoding by `model.generate`: transformers' `custom_generate`, as a function and as a folder.
 
-    model.generate(**inputs, custom_generate=soft_decode, max_new_tokens=64, soft_top_k=16)
+    model.generate(**inputs, custom_generate=soft_decode, max_new_tokens=64, soft_top_k=16)  # any of SOFT_ARGUMENTS
     model.generate(**inputs, custom_generate=str(folder), trust_remote_code=True, max_new_tokens=64, soft_top_k=16)
 
 `write_custom_generate(folder)` writes such a folder; in a model's own folder it makes soft decoding the model's
 `generate` for all who load it with `trust_remote_code=True`.
 
-What transformers' own arguments mean: those of sampling are for hard tokens, `temperature` for soft ones as well;
-processors of logits (repetition penalty, forbidden words, ...) and stopping criteria see the tokens that are shown.
-What has no meaning here is an error that names it. Left out: encoder-decoder models, and models that are sharded over
-processes.
+What transformers' own arguments mean: those of sampling are for hard tokens, `temperature` for soft ones as well.
+Several texts a prompt need `do_sample=True`, as ever, whatever is drawn. Processors of logits (repetition penalty,
+forbidden words, ...) and stopping criteria see the tokens that are shown. What has no meaning here is an error that
+names it. Left out: encoder-decoder models, and models that are sharded over processes.
 """
 
 import sys
@@ -142,7 +142,7 @@ def soft_decode(
     streamer, max_new_tokens = call.get("streamer"), generation_config.max_length - prompt_length
     record = soft_generate(
         policy, prompts, max_new_tokens, chosen, num_samples, _eos_ids(generation_config),
-        torch.randint(2**62, ()).item() if seed is None else seed, None,
+        int(torch.randint(2**62, ())) if seed is None else seed, None,
         None if streamer is None else _WithoutPrompt(streamer), criteria or None, soft_tokenizer, processors or None,
         _pad_id(generation_config), num_recorded, find_nearest,
     )  # fmt: skip
@@ -245,7 +245,7 @@ def _refuse(model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], 
     if assistant is not None:
         unsupported["assistant_model"] = type(assistant).__name__
     for name, value in model_kwargs.items():
-        if name not in _OF_TRANSFORMERS and value is not None:
+        if name not in (*_OF_TRANSFORMERS, *_UNSUPPORTED) and value is not None:
             unsupported[name] = type(value).__name__
     for name in ("cache", "past_key_values"):
         cache = model_kwargs.get(name)

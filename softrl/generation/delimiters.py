@@ -32,7 +32,10 @@ class Delimiter:
         self.tokenizer = tokenizer if len(ids) > 1 else None
         if self.tokenizer is not None:
             self.text = self._decoded(list(ids))
-            self.criterion = StopStringCriteria(self.tokenizer, [self.text])
+            try:
+                self.criterion = StopStringCriteria(self.tokenizer, [self.text])
+            except ValueError:  # a vocabulary of whole words, of which transformers cannot say what their pieces spell
+                self.tokenizer = None
 
     def _decoded(self, ids: list[int]) -> str:
         assert self.tokenizer is not None
@@ -41,7 +44,7 @@ class Delimiter:
     def completed(self, tokens: Int[Tensor, "N S"]) -> Bool[Tensor, "N"]:
         """Whether the last token of each row completes the delimiter."""
         if self.tokenizer is not None:
-            return self.criterion(tokens, None)  # type: ignore[arg-type]
+            return self.criterion(tokens, None)
         wanted = torch.tensor(self.ids, device=tokens.device)
         if tokens.shape[1] < len(wanted):
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)

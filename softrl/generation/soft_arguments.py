@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softrl.generation.next_token import NextToken
 from softrl.generation.soft_settings import DEFAULT_DECODING, Phase, SoftDecoding
+from softrl.tokens.embedding import check_norm_correction
 from softrl.tokens.relaxation import Relaxation, make_relaxation
 from softrl.tokens.truncation import Truncation
 
@@ -76,6 +77,7 @@ def decoding_from(
     if any(name in given for name in HARD_ARGUMENTS):
         answer = Phase(None, next_token_from(given, base.answering.next_token))
     others = {name: given[name] for name in _OF_THE_TEXT if name in given}
+    check_norm_correction(others.get("norm_correction", "none"))
     for name in ("think_start", "think_end"):
         if name in others:
             others[name] = delimiter_ids(others[name], tokenizer, name)
@@ -97,15 +99,15 @@ def _relaxation(given: dict[str, Any], base: Relaxation | None, vocab_size: int 
         temperature, bound = base.temperature, base.max_entropy_nats
         if bound is not None and bound >= math.log(truncation.top_k):
             bound = None
-    name = given.get("relaxation", base.name)
+    name, temperature = given.get("relaxation", base.name), 1.0 if temperature is None else temperature
     if name == base.name:
-        bounds = {"temperature": 1.0 if temperature is None else temperature, "max_entropy_nats": bound}
-        return replace(base, truncation=truncation, **bounds)
-    return make_relaxation(name, truncation, 1.0 if temperature is None else temperature, bound)
+        return replace(base, truncation=truncation, temperature=temperature, max_entropy_nats=bound)
+    return make_relaxation(name, truncation, temperature, bound)
 
 
 def next_token_from(given: dict[str, Any], base: NextToken) -> NextToken:
     """How hard tokens are chosen, by the names of `HARD_ARGUMENTS`; transformers' `top_k` of 0 keeps all."""
+    given = {name: value for name, value in given.items() if value is not None}
     greedy = not given["do_sample"] if "do_sample" in given else base.greedy
     if greedy:
         return NextToken(greedy=True)

@@ -7,7 +7,7 @@ Source: softrl maths, sections 1 and 8; seeds/004.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +26,7 @@ from softrl.tokens.temperature import softmax_entropy
 from softrl.types import Prompts
 
 # Logits (N, V) of the next token as token ids (N, S) would have them: transformers' processors are such functions.
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+LogitsProcessor = Callable[[Any, Tensor], Any]
 
 
 @runtime_checkable
@@ -161,7 +161,13 @@ def stop_criterion(stop: str | Sequence[str] | Stop | None, tokenizer: PreTraine
         return None
     if tokenizer is None or not all(strings):
         raise ValueError(f"stop={strings}: expected non-empty strings, and the model's tokenizer to find them with")
-    return StopStringCriteria(tokenizer, strings)
+    try:
+        return StopStringCriteria(tokenizer, strings)
+    except ValueError as error:
+        raise ValueError(
+            f"stop={strings}: transformers cannot find strings among the tokens of {type(tokenizer).__name__}, as "
+            f"in a vocabulary of whole words ({error}); stop at token ids instead (eos_ids)"
+        ) from error
 
 
 def _step(

@@ -7,7 +7,7 @@ Left out: how settings are read from a command or from the arguments of `model.g
 import json
 import math
 import types
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -157,12 +157,15 @@ def load_soft_decoding(folder: str | Path) -> SoftDecoding | None:
 
 def as_mapping(settings: SoftDecoding) -> dict[str, Any]:
     """The settings as nested dictionaries of plain values; `from_mapping` reads them."""
-    mapping = asdict(settings)
-    for name in ("thinking", "answer"):
-        phase = getattr(settings, name)
-        if phase is not None and phase.relaxation is not None:
-            mapping[name]["relaxation"] = {"name": phase.relaxation.name, **mapping[name]["relaxation"]}
+    mapping: dict[str, Any] = _plain(settings)
     return mapping
+
+
+def _plain(value: Any) -> Any:
+    if not is_dataclass(value):
+        return value
+    name = {"name": value.name} if isinstance(value, Relaxation) else {}
+    return {**name, **{each.name: _plain(getattr(value, each.name)) for each in fields(value)}}
 
 
 def from_mapping(given: Any, where: str) -> SoftDecoding:

@@ -45,7 +45,8 @@ def check_rollout(policy: Policy, prompts: Prompts, num_steps: int, num_samples:
     if limit is not None and prompt_length + num_steps > limit:
         raise ValueError(
             f"a prompt of {prompt_length} tokens and {num_steps} generated ones exceed the model's context of "
-            f"{limit}; shorten the prompts (max_prompt_length) or generate fewer tokens (max_completion_length)"
+            f"{limit}; shorten the prompts (max_prompt_length) or generate fewer tokens (max_completion_length or "
+            "max_new_tokens)"
         )
 
 
