@@ -72,7 +72,7 @@ def plain_pass(
     embeds = policy.embed(texts.targets) if rollout is None else _attached_embeds(policy, rollout)
     hidden = policy.hidden(texts.prompts, embeds)
     outputs = token_outputs(policy, hidden, texts.targets[..., None], targets=texts.targets)
-    value = terms.total(outputs, texts.counted)
+    value = terms.total(outputs, texts.counted.float())
     return PlainOutput(value, outputs.target_log_probs.detach(), outputs.entropy.detach())
 
 

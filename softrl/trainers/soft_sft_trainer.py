@@ -284,7 +284,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         if output.cotangents is not None and output.replay_error is not None:
             norms = output.cotangents.embeds.float().norm(dim=-1).mean().double()
             sums += [norms, output.replay_error.double()]
-        (*gathered,) = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
+        gathered = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
         count, processes = max(gathered[len(numbers)], 1.0), self.accelerator.num_processes
         self.state.num_input_tokens_seen += int(gathered[len(numbers) + 1])
         logged = {name: value / count for name, value in zip(numbers, gathered, strict=False)}

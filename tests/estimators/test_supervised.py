@@ -173,6 +173,26 @@ def test_a_frozen_head_gets_its_terms_from_the_second_phase():
     assert ((actual - expected).norm() / expected.norm()).item() < 1e-6
 
 
+@pytest.mark.parametrize("method", FULL)
+def test_a_setting_that_is_a_tensor_gets_its_derivative_from_the_surrogate(method):
+    """A learned temperature: against finite differences of J, the rollout made anew on either side."""
+    terms, tau = DirectTerms(target_weight=1.0), torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    policy, texts = Policy(gpt2()), texts_of()  # Llama's norms round to float32, which a quotient magnifies
+
+    def rolled_out(temperature):
+        relaxation = guided(relaxation_of("softmax", temperature=temperature, min_p=0.0), "mix")
+        rollout = guided_rollout(policy, texts, relaxation, amounts_of(texts, 0.4), random_for(3))
+        return relaxation, rollout, plain_pass(policy, texts, terms, rollout).value.sum().item()
+
+    relaxation, rollout, _ = rolled_out(0.8)
+    estimate = pathwise_estimate(policy, rollout, relaxation, None, terms, FULL[method])
+    live = guided(relaxation_of("softmax", temperature=0.8, min_p=0.0), "mix")
+    object.__setattr__(live.base, "temperature", tau)
+    (found,) = torch.autograd.grad(surrogate(policy, live, estimate, terms, FULL[method]).value.sum(), tau)
+    expected = (rolled_out(0.8 + 1e-5)[2] - rolled_out(0.8 - 1e-5)[2]) / 2e-5
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
 def own_loss(model, rows=ROWS):
     """Teacher forcing by the model itself: −Σ log π of the tokens that count."""
     ids, labels, mask = batch(rows)
@@ -254,6 +274,7 @@ def test_masked_weights_keep_their_ids_and_what_is_fed_is_their_mixture():
 def test_a_cached_step_is_fed_the_newest_embedding_and_positions_are_left_alone():
     policy, texts = Policy(llama()), texts_of()
     relaxation = guided(relaxation_of("softmax"), "mix")
+    assert policy.honours_padding  # measured at its first use, by passes of its own
     seen = []
 
     def spy(module, args, kwargs):
