@@ -41,10 +41,11 @@ def main(argv: list[str]) -> int:
 def _add_beams(beams: argparse.ArgumentParser) -> None:
     beams.add_argument("--model", default="smollm2-135m", help="model name or folder (smollm2-135m)")
     beams.add_argument("--items", type=int, default=200, help="questions (200)")
-    beams.add_argument("--kinds", nargs="+", help="addition subtraction copying reversal (all)")
+    beams.add_argument("--kinds", nargs="+", help="also subtraction (addition copying reversal)")
     beams.add_argument("--digits", type=int, help="of both numbers of a sum or difference (2)")
-    beams.add_argument("--words", type=int, help="to copy or to reverse (4)")
-    beams.add_argument("--examples", type=int, help="solved ones before a question (3)")
+    beams.add_argument("--copied", type=int, help="words to copy (6)")
+    beams.add_argument("--reversed", type=int, help="words to reverse (3)")
+    beams.add_argument("--examples", type=int, help="solved ones before a question (4)")
     beams.add_argument("--methods", nargs="+", help="their names, such as 'soft beam' (all); greedy is always among")
     beams.add_argument("--widths", nargs="+", type=int, default=[4], help="hypotheses or samples (4)")
     beams.add_argument("--top_k", type=int, help="kept ids of a mixture (16)")
@@ -64,9 +65,9 @@ def _beams(given: argparse.Namespace) -> int:
     from softrl.models.policy import Policy
     from softrl.studies.beams import METHODS, Bench, Settings, run
 
-    names = {"num_digits": "digits", "num_words": "words", "num_examples": "examples"}
-    optional = ("kinds", "num_digits", "num_words", "num_examples", "top_k", "max_entropy_nats", "temperature", "seed")
-    wanted = {name: getattr(given, names.get(name, name)) for name in optional}
+    counts = {f"num_{name}": getattr(given, name) for name in ("digits", "copied", "reversed", "examples")}
+    wanted = counts | {name: getattr(given, name) for name in ("top_k", "max_entropy_nats", "temperature", "seed")}
+    wanted["kinds"] = tuple(given.kinds) if given.kinds else None
     settings = Settings(given.model, given.items, **{key: value for key, value in wanted.items() if value is not None})
     try:
         folder = resolve_model(given.model)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from softrl.assets import write_atomically
-from softrl.data.exact_answers import KINDS, Kind, exact_answers, extract_answer
+from softrl.data.exact_answers import SOMETIMES_RIGHT, Kind, exact_answers, extract_answer
 from softrl.generation.beam import BeamSettings, Found, beam_search
 from softrl.generation.collapsing_beam import collapsing_beam_search
 from softrl.generation.self_consistency import fed_tokens, self_consistency
@@ -54,10 +54,11 @@ class Settings:
 
     model: str
     items: int = 200
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[Kind, ...] = SOMETIMES_RIGHT
     num_digits: int = 2
-    num_words: int = 4
-    num_examples: int = 3
+    num_copied: int = 6
+    num_reversed: int = 3
+    num_examples: int = 4
     top_k: int = 16
     max_entropy_nats: float | None = None
     temperature: float = 0.7
@@ -77,7 +78,7 @@ class Bench:
         """The questions of the test split."""
         own = self.settings
         return exact_answers(
-            own.items, own.kinds, own.num_digits, own.num_words, own.num_examples, split="test", seed=own.seed
+            own.items, own.kinds, own.num_digits, own.num_copied, own.num_reversed, own.num_examples, "test", own.seed
         )
 
     @cached_property

@@ -15,6 +15,7 @@ from softrl.types import Prompts
 
 T = 8
 ENDS = (EOS, 5, 9)  # several ids, so that some hypotheses of an untrained model end early
+MANY_ENDS = (EOS, 3, 5, 7, 9, 11, 13)
 MODELS = {"gpt2": gpt2, "llama": llama}
 
 
@@ -74,10 +75,11 @@ def test_width_one_is_greedy(name, early_stopping):
     policy = Policy(MODELS[name]())
     batch = prompts(4)
     random = SequenceRandom([0] * 4)
-    greedy = hard_rollout(policy, batch, Truncation(1), random, T, eos_ids=ENDS, greedy=True)
-    found = beam_search(policy, batch, T, BeamSettings(1, early_stopping=early_stopping), eos_ids=ENDS)
+    greedy = hard_rollout(policy, batch, Truncation(1), random, T, eos_ids=MANY_ENDS, greedy=True)
+    found = beam_search(policy, batch, T, BeamSettings(1, early_stopping=early_stopping), eos_ids=MANY_ENDS)
     assert texts_of(found) == texts_of(greedy)
     assert found.forward_tokens.tolist() == (greedy.mask.sum(-1) - 1).tolist()
+    assert len(set(found.forward_tokens.tolist())) > 1
 
 
 def enumerated(policy, prompt, num_steps, eos_ids):
