@@ -25,24 +25,72 @@ def main(argv: list[str]) -> int:
     overlap.add_argument(
         "--output", type=Path, default=Path("runs/overlap-bias.csv"), help="CSV and PNG (runs/overlap-bias.csv)"
     )
-    decoding = studies.add_parser("soft-decoding", help="soft against hard decoding, before and after tuning for it")
-    decoding.add_argument("--config", default="soft-decoding", help="a recipe's path, or its name (soft-decoding)")
-    decoding.add_argument("--output_dir", help="where runs and report go (the recipe's)")
-    decoding.add_argument("--tunings", nargs="+", help="run these only")
-    decoding.add_argument("--seeds", nargs="+", type=int, help="run these only")
-    decoding.add_argument("--only_report", action="store_true", help="run nothing; report what has been run")
+    _add_beams(studies.add_parser("beams", help="searches with hard and soft tokens at equal forward passes"))
+    _add_soft_decoding(studies.add_parser("soft-decoding", help="soft against hard decoding, before and after tuning"))
     given = parser.parse_args(argv)
 
     from softrl.assets import AssetError
 
     studies_by_name = {
-        "entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias, "soft-decoding": _soft_decoding,
+        "entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias, "beams": _beams,
+        "soft-decoding": _soft_decoding,
     }  # fmt: skip
     try:
         return studies_by_name[given.study](given)
     except (AssetError, ValueError) as error:
         print(f"softrl study: {error}", file=sys.stderr)
         return 1
+
+
+def _add_soft_decoding(decoding: argparse.ArgumentParser) -> None:
+    decoding.add_argument("--config", default="soft-decoding", help="a recipe's path, or its name (soft-decoding)")
+    decoding.add_argument("--output_dir", help="where runs and report go (the recipe's)")
+    decoding.add_argument("--tunings", nargs="+", help="run these only")
+    decoding.add_argument("--seeds", nargs="+", type=int, help="run these only")
+    decoding.add_argument("--only_report", action="store_true", help="run nothing; report what has been run")
+
+
+def _add_beams(beams: argparse.ArgumentParser) -> None:
+    beams.add_argument("--model", default="smollm2-135m", help="model name or folder (smollm2-135m)")
+    beams.add_argument("--items", type=int, default=200, help="questions (200)")
+    beams.add_argument("--kinds", nargs="+", help="also subtraction (addition copying reversal)")
+    beams.add_argument("--digits", type=int, help="of both numbers of a sum or difference (2)")
+    beams.add_argument("--copied", type=int, help="words to copy (6)")
+    beams.add_argument("--reversed", type=int, help="words to reverse (3)")
+    beams.add_argument("--examples", type=int, help="solved ones before a question (4)")
+    beams.add_argument("--methods", nargs="+", help="their names, such as 'soft beam' (all); greedy is always among")
+    beams.add_argument("--widths", nargs="+", type=int, default=[4], help="hypotheses or samples (4)")
+    beams.add_argument("--top_k", type=int, help="kept ids of a mixture (16)")
+    beams.add_argument("--max_entropy_nats", type=float, help="bound of a mixture's entropy (none)")
+    beams.add_argument("--temperature", type=float, help="of the samples of self-consistency (0.7)")
+    beams.add_argument("--seed", type=int, help="of questions and samples (0)")
+    beams.add_argument("--batch_size", type=int, default=20, help="questions at a time (20)")
+    beams.add_argument(
+        "--output_dir", type=Path, default=Path("runs/beams"), help="answers, CSV and PNG; reruns go on (runs/beams)"
+    )
+
+
+def _beams(given: argparse.Namespace) -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from softrl.assets import resolve_model
+    from softrl.models.policy import Policy
+    from softrl.studies.beams import METHODS, Bench, Settings, run
+
+    counts = {f"num_{name}": getattr(given, name) for name in ("digits", "copied", "reversed", "examples")}
+    wanted = counts | {name: getattr(given, name) for name in ("top_k", "max_entropy_nats", "temperature", "seed")}
+    wanted["kinds"] = tuple(given.kinds) if given.kinds else None
+    settings = Settings(given.model, given.items, **{key: value for key, value in wanted.items() if value is not None})
+    try:
+        folder = resolve_model(given.model)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except OSError as error:
+        raise ValueError(f"--model {given.model}: {str(error).splitlines()[0]}") from error
+    bench = Bench(Policy(model), tokenizer, settings)
+    run(bench, given.methods or list(METHODS), given.widths, given.batch_size, given.output_dir)
+    print(f"Written to {given.output_dir}: rows.csv, accuracy.png and all answers.")
+    return 0
 
 
 def _entropy_bound(given: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ Left out: sliding-window layers keep all their keys (the mask hides the old ones
 need to.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -48,16 +49,9 @@ class Replay:
 
 
 class _Layer(CacheLayerMixin):
-    """What our layers share: all slots are kept, and every sample of a prompt can get its own copy of them."""
+    """What our layers share: all slots are kept; `reorder_cache` of the base class copies the rows that go on."""
 
     is_sliding = False
-
-    def repeat(self, num_samples: int) -> None:
-        """Turn the keys and values of B prompts into those of N = B * G sequences."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = self.keys.repeat_interleave(num_samples, 0)
-        self.values = self.values.repeat_interleave(num_samples, 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -151,10 +145,11 @@ class KVCache(Cache):
         self.replay = Replay()
         self.ours = layers  # the same objects: the base class types them more widely
 
-    def repeat(self, num_samples: int) -> None:
-        """Give every sample of a prompt its own copy of the prompt's keys and values."""
-        for layer in self.ours:
-            layer.repeat(num_samples)
+    def copied(self) -> "KVCache":
+        """Another cache of the same tensors; `reorder_cache` has to give it its own before either is written to."""
+        other = copy.copy(self)
+        other.layers = other.ours = [copy.copy(layer) for layer in self.ours]
+        return other
 
     def start_replay(self, first_slot: int) -> None:
         """See `RecordedLayer.start_replay`."""

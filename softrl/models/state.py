@@ -6,11 +6,12 @@ that keep no cache at all, only decode.
 Slots count positions of the padded input: the prompt fills slots 0..P-1, the embedding of token t (from 1) slot P+t-1.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import LongTensor, Tensor
 from transformers import DynamicCache
 
@@ -33,7 +34,25 @@ class DecodeState(ABC):
 
     def repeat(self, num_samples: int) -> None:
         """Turn the state of B prompts into that of N = B * G sequences."""
-        self.mask = self.mask.repeat_interleave(num_samples, 0)
+        rows = torch.arange(self.mask.shape[0], device=self.mask.device)
+        self.select(rows.repeat_interleave(num_samples))
+
+    def select(self, rows: Int[Tensor, "M"]) -> None:
+        """Keep these sequences in this order; a search's hypothesis may go on several times, or not at all."""
+        self.mask = self.mask[rows]
+
+    def branched(self, rows: Int[Tensor, "M"]) -> "DecodeState":
+        """A state of its own with the past of these sequences; this one stays as it is, and can go on or branch again.
+
+        It decodes; what one of the two records is not replayed with the other.
+        """
+        branch = self._copied()
+        branch.select(rows)
+        return branch
+
+    def _copied(self) -> "DecodeState":
+        """A copy to `select` rows of: it may share what that replaces, not what else is changed in place."""
+        return copy.copy(self)
 
     @abstractmethod
     def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
@@ -109,9 +128,14 @@ class KeyValueState(ReplayableState):
         )
         return output.last_hidden_state
 
-    def repeat(self, num_samples: int) -> None:
-        super().repeat(num_samples)
-        self.cache.repeat(num_samples)
+    def select(self, rows: Int[Tensor, "M"]) -> None:
+        super().select(rows)
+        self.cache.reorder_cache(cast(LongTensor, rows))
+
+    def _copied(self) -> "KeyValueState":
+        other = copy.copy(self)
+        other.cache = self.cache.copied()
+        return other
 
     def start_replay(self) -> None:
         self.cache.start_replay(self.prompt_length)
@@ -143,9 +167,9 @@ class RecurrentState(ReplayableState):
         self.recorded: list[Tensor] = []  # the state after the prompt, then after every fed token
         self.leaf: Tensor | None = None
 
-    def repeat(self, num_samples: int) -> None:
-        super().repeat(num_samples)
-        self.recorded = [state.repeat_interleave(num_samples, 0) for state in self.recorded]
+    def select(self, rows: Int[Tensor, "M"]) -> None:
+        super().select(rows)
+        self.recorded = [state[rows] for state in self.recorded]
 
     def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
         if not self.recorded:
@@ -198,10 +222,14 @@ class HostState(DecodeState):
         self.cache_argument = cache_argument
         self.started = False
 
-    def repeat(self, num_samples: int) -> None:
-        super().repeat(num_samples)
-        rows = torch.arange(self.mask.shape[0] // num_samples, device=self.mask.device)
-        self.cache.reorder_cache(cast(LongTensor, rows.repeat_interleave(num_samples)))
+    def select(self, rows: Int[Tensor, "M"]) -> None:
+        super().select(rows)
+        self.cache.reorder_cache(cast(LongTensor, rows))
+
+    def _copied(self) -> "HostState":
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
 
     def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
         if torch.is_grad_enabled():
@@ -232,10 +260,10 @@ class PrefixState(DecodeState):
         super().__init__(decoder, prompts)
         self.fed: Tensor | None = None
 
-    def repeat(self, num_samples: int) -> None:
-        super().repeat(num_samples)
+    def select(self, rows: Int[Tensor, "M"]) -> None:
+        super().select(rows)
         assert self.fed is not None
-        self.fed = self.fed.repeat_interleave(num_samples, 0)
+        self.fed = self.fed[rows]
 
     def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
         if self.fed is None:

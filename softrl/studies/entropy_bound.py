@@ -30,7 +30,7 @@ from softrl.studies.hops import draw_adapters
 from softrl.studies.tables import write_csv
 from softrl.tokens.noise import SequenceRandom
 from softrl.tokens.relaxation import Relaxation, make_relaxation
-from softrl.types import Prompts, Rollout
+from softrl.types import HardRollout, Prompts, Rollout
 
 if TYPE_CHECKING:
     from softrl.trainers import SoftRolloutTrainer
@@ -138,7 +138,7 @@ def measure(
 
 
 @torch.no_grad()
-def hard_nll(base: Policy, rollout: Rollout) -> Float[Tensor, "N T"]:
+def hard_nll(base: Policy, rollout: Rollout | HardRollout) -> Float[Tensor, "N T"]:
     """NLL in nats of the rollout's hard tokens under the base model, which reads hard tokens too, at temperature 1."""
     scorer = base.at_temperature(1.0)
     with evaluating(scorer.model):
