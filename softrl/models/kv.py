@@ -151,6 +151,11 @@ class KVCache(Cache):
         self.replay = Replay()
         self.ours = layers  # the same objects: the base class types them more widely
 
+    def fill(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Put keys and values that no embedding was fed for into the next slots, a pair a layer."""
+        for layer, (keys, values) in zip(self.ours, pairs, strict=True):
+            layer.update(keys, values)
+
     def repeat(self, num_samples: int) -> None:
         """Give every sample of a prompt its own copy of the prompt's keys and values."""
         for layer in self.ours:
