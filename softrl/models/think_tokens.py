@@ -115,9 +115,12 @@ def _rows_of(model: Any) -> list[nn.Parameter]:
 
 
 def trainable_rows(model: Any, tokens: ThinkTokens) -> dict[str, list[int]]:
-    """For `LoraConfig(trainable_token_indices=...)`: train the rows of these tokens and no other, decay included.
+    """What PEFT has to know to train the rows of these tokens and no other, optimizers with weight decay included.
 
-    PEFT finds the head of a tied model by itself; one that is not tied is named here. It takes no bias of a head.
+    `LoraConfig(trainable_token_indices=trainable_rows(model, tokens), ...)` trains them beside LoRA;
+    `TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=tokens.ids, target_modules=list(trainable_rows(...)))`
+    trains nothing else. PEFT finds the head of a tied model by itself; one that is not tied is named here. It takes no
+    bias of a head. `merge_and_unload` before saving for plain transformers.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]

@@ -6,9 +6,9 @@ own forward does with a row that has no padding; with padding on the left it cou
 and P-tuning; it discards `position_ids`), so that a row's logits there depend on how long the others are. Here a row
 gives the same numbers in every batch: those of PEFT alone.
 
-Left out: prefix tuning of a model with a sliding window on padded prompts (its window counts the padding, which
-`Policy.honours_padding` finds out); CPT, multitask prompt tuning and cartridges, whose forwards need more than a prompt; virtual tokens around a
-model that has another adapter. ZeRO-3 and FSDP2 are untested.
+Left out: prefix tuning of a model with a sliding window on padded prompts (the window counts the padding, as
+`Policy.honours_padding` finds out); CPT, multitask prompt tuning and cartridges, whose forwards need more than a
+prompt; virtual tokens around a model that has another adapter. ZeRO-3 and FSDP2 are untested.
 """
 
 from typing import Any
@@ -112,7 +112,7 @@ class VirtualTokens:
             return embeds, mask
         virtual = self.model.get_prompt(batch_size=embeds.shape[0])
         embeds = torch.cat([virtual.to(embeds.dtype), embeds], 1)
-        mask, order = mask.long().sort(1, stable=True)
+        mask, order = mask.long().sort(dim=1, stable=True)
         return embeds.gather(1, order[..., None].expand_as(embeds)), mask.bool()
 
     def past(self, num_rows: int) -> list[tuple[Float[Tensor, "N H n d"], Float[Tensor, "N H n d"]]] | None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import EOS, PairReward, V, gpt2, llama, prompts, random_for, relaxation_of
 from models.test_virtual_tokens import qwen2
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import nn
 from trainers.tiny import word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from softrl.estimators.pathwise import pathwise_estimate, surrogate
 from softrl.estimators.system import AdjointSettings
@@ -90,30 +90,36 @@ def test_a_heads_bias_gets_its_mean():
 
 
 @pytest.mark.parametrize(("model_name", "tied"), CASES)
-@pytest.mark.parametrize("how", ["peft", "mask"])
+@pytest.mark.parametrize("how", ["rows", "lora", "mask"])
 def test_only_their_rows_learn_and_plain_transformers_reads_the_result(model_name, tied, how, tmp_path):
     """A step of the pathwise gradient; PEFT is merged before it is saved."""
     model, tokenizer = MODELS[model_name](tied=tied), word_tokenizer()
     tokens = add_think_tokens(model, tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    if how == "peft":
-        rows = trainable_rows(model, tokens)
-        assert len(rows) == (1 if tied else 2)
-        model = get_peft_model(model, LoraConfig(r=1, target_modules=[], trainable_token_indices=rows)).eval()
+    rows, lm = trainable_rows(model, tokens), {"task_type": "CAUSAL_LM"}
+    assert len(rows) == (1 if tied else 2)
+    if how != "mask":
+        config = TrainableTokensConfig(token_indices=tokens.ids, target_modules=list(rows), **lm)
+        if how == "lora":
+            attention = {"gpt2": "c_attn"}.get(model_name, "q_proj")
+            config = LoraConfig(r=1, target_modules=[attention], trainable_token_indices=rows, **lm)
+        model = get_peft_model(model, config).eval()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
     else:
         release = train_only_rows(model, tokens)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     _step(model, optimizer)
-    if how == "peft":
+    if how != "mask":
         model = model.merge_and_unload()
     for name, value in model.state_dict().items():
+        if how == "lora" and attention in name:
+            continue
         changed = (value != before[name]).reshape(len(value), -1).any(-1).nonzero().flatten().tolist()
         is_table = name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight"))
         assert changed == (tokens.ids if is_table else []), name
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, reader = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    loaded, reader = AutoModelForCausalLM.from_pretrained(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ids = torch.tensor([reader.encode("w5 <think> w7 </think> w9", add_special_tokens=False)])
     assert ids.tolist() == [[5, tokens.start_id, 7, tokens.end_id, 9]]
     with torch.no_grad():
