@@ -37,11 +37,12 @@ def read_texts(policy: Policy, attention: BranchAttention, num_texts: int, devic
         num_texts: N.
         device: of the texts.
     Raises:
-        ValueError: unknown attention; gradient checkpointing, which drops the keys; or an architecture that the
-            attention asked for cannot do.
+        ValueError: unknown attention; gradient checkpointing, which drops the keys; virtual tokens; or an
+            architecture that the attention asked for cannot do.
     """
     if attention not in get_args(BranchAttention):
         raise ValueError(f"attention must be one of {get_args(BranchAttention)}, got {attention!r}")
+    policy.virtual.refuse("a text with branches")
     mask = torch.zeros(num_texts, 0, dtype=torch.bool, device=device)
     if attention == "naive":
         return _NaiveTexts(policy, mask)

@@ -151,6 +151,11 @@ class KVCache(Cache):
         other.layers = other.ours = [copy.copy(layer) for layer in self.ours]
         return other
 
+    def fill(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Put keys and values that no embedding was fed for into the next slots, a pair a layer."""
+        for layer, (keys, values) in zip(self.ours, pairs, strict=True):
+            layer.update(keys, values)
+
     def start_replay(self, first_slot: int) -> None:
         """See `RecordedLayer.start_replay`."""
         for layer in self.ours:

@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softrl.models.kv import num_key_value_layers
+from softrl.models.kv import KVCache, num_key_value_layers
 from softrl.models.state import (
     DecodeState,
     HostState,
@@ -27,6 +27,7 @@ from softrl.models.state import (
     ReplayableState,
     positions,
 )
+from softrl.models.virtual_tokens import VirtualTokens, unwrap
 from softrl.tokens.embedding import NormCorrection, check_norm_correction, mixture_embedding
 from softrl.types import Prompts
 
@@ -47,22 +48,6 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, determinism_check="none")
 
 
-def unwrap(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper (its adapters stay active); other models as they are.
-
-    Raises:
-        ValueError: the adapter prepends virtual tokens (prefix or prompt tuning), which our forwards would leave out.
-    """
-    if not hasattr(model, "get_base_model"):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"peft type {model.active_peft_config.peft_type} prepends virtual tokens to the prompt, which softrl's "
-            "rollouts do not feed; use LoRA or another adapter that changes the layers"
-        )
-    return model.get_base_model()
-
-
 class Policy:
     """A causal LM as the rollouts and the gradient phases use it.
 
@@ -71,14 +56,16 @@ class Policy:
         temperature: sampling temperature, part of the policy's definition: every logit is divided by it, at sampling
             and at scoring alike.
         norm_correction: see `mixture_embedding`.
-        context: entered around every use of the model; a LoRA reference passes `model.disable_adapter`.
+        context: entered around every use of the model; a reference that is a PEFT model without its adapter passes
+            `model.disable_adapter`.
 
     Attributes:
         largest: of a number, over all processes that have to call the model equally often, since they shard its
             parameters; what decides how often it is called goes through it. Alone, a process keeps its own number.
     Raises:
         TypeError: the model has no parallel forward over `inputs_embeds`, or no output embeddings.
-        ValueError: temperature <= 0, unknown norm correction, or prompt-learning adapters.
+        ValueError: temperature <= 0, unknown norm correction, virtual tokens of a kind that is not fed, or prefix
+            tuning of a model whose state is not keys and values.
     """
 
     def __init__(
@@ -97,9 +84,11 @@ class Policy:
         self.context = context
         self.largest: Callable[[float], float] = float
         # Any: to a type checker every attribute of an nn.Module is a Tensor or a Module.
-        self.causal_lm: Any = unwrap(model)
+        self.virtual = VirtualTokens(model)
+        self.causal_lm: Any = model.get_base_model() if self.virtual.exist else unwrap(model)
         self.decoder: Any = self.causal_lm.base_model
         self._accepted = self._check_interface()
+        self.virtual.check_state(self._keeps_keys_and_values, type(self.causal_lm).__name__)
 
     def _check_interface(self) -> frozenset[str]:
         name = type(self.causal_lm).__name__
@@ -126,8 +115,12 @@ class Policy:
 
     @property
     def max_length(self) -> int | None:
-        """Longest input that the position embeddings allow; None where the configuration names no limit."""
-        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        """Longest input that position embeddings allow, without virtual tokens; None where none is configured."""
+        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None or not self.virtual.exist:
+            return limit
+        with self.context():
+            return limit - self.virtual.count
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,15 +218,29 @@ class Policy:
         Args:
             prompts: N rows, left-padded.
             embeds: embeddings of tokens 1..T; the last one is not fed, since nothing is predicted from it.
+        Raises:
+            ValueError: gradient checkpointing together with prefix tuning, whose keys it would drop.
         """
         prompt_embeds = self.embed(prompts.ids)
-        fed = torch.cat([prompt_embeds, embeds[:, :-1].to(prompt_embeds.dtype)], 1)
-        mask = torch.cat([prompts.mask, prompts.mask.new_ones(embeds.shape[0], embeds.shape[1] - 1)], 1)
-        where = positions(mask)
-        arguments = {"inputs_embeds": fed, "attention_mask": mask.long(), "use_cache": False, "position_ids": where}
         with self.context():
-            output = self.decoder(**self.accepted(arguments))
-        return output.last_hidden_state[:, prompts.mask.shape[1] - 1 :]
+            first, mask = self.virtual.prepended(prompt_embeds, prompts.mask)
+            fed = torch.cat([first, embeds[:, :-1].to(first.dtype)], 1)
+            mask = torch.cat([mask, mask.new_ones(embeds.shape[0], embeds.shape[1] - 1)], 1)
+            where = positions(mask)[:, -fed.shape[1] :]
+            arguments = {"inputs_embeds": fed, "attention_mask": mask.long(), "position_ids": where}
+            output = self.decoder(**self.accepted(arguments | self._past(len(fed))))
+        return output.last_hidden_state[:, first.shape[1] - 1 :]
+
+    def _past(self, num_rows: int) -> dict[str, Any]:
+        """The decoder's cache arguments where nothing is decoded: none but for a learned prefix of keys and values."""
+        pairs = self.virtual.past(num_rows)
+        if pairs is None:
+            return {"use_cache": False}
+        self.refuse_checkpointing()
+        cache = KVCache(len(pairs), capacity=0, growing=True)
+        cache.fill(pairs)
+        assert self.cache_argument is not None
+        return {"use_cache": True, self.cache_argument: cache}
 
     @cached_property
     def honours_padding(self) -> bool:
@@ -263,9 +270,10 @@ class Policy:
             ValueError: gradient checkpointing is active, which silently drops the cache.
         """
         self.refuse_checkpointing()
-        state = self._new_state(prompts, capacity, growing)
         with torch.no_grad(), self.context():
-            hidden = state.advance(self.embed(prompts.ids))[:, -1]
+            first, mask = self.virtual.prepended(self.embed(prompts.ids), prompts.mask)
+            state = self._new_state(mask, capacity, growing)
+            hidden = state.advance(first)[:, -1]
         if num_samples > 1:
             state.repeat(num_samples)
         return hidden.repeat_interleave(num_samples, 0), state
@@ -280,14 +288,17 @@ class Policy:
         with self.context():
             return state.replay(index, embeds)
 
-    def _new_state(self, prompts: Prompts, capacity: int, growing: bool) -> DecodeState:
+    def _new_state(self, mask: Bool[Tensor, "B slots"], capacity: int, growing: bool) -> DecodeState:
         if hasattr(self.decoder, "initial_state"):
-            return RecurrentState(self.decoder, prompts)
+            return RecurrentState(self.decoder, mask)
         if self.cache_argument is None:
-            return PrefixState(self.decoder, prompts)
+            return PrefixState(self.decoder, mask)
         if self._keeps_keys_and_values:
-            return KeyValueState(self.decoder, prompts, self.cache_argument, capacity, growing)
-        return HostState(self.decoder, prompts, self.cache_argument)
+            state = KeyValueState(self.decoder, mask, self.cache_argument, capacity, growing)
+            if (pairs := self.virtual.past(len(mask))) is not None:
+                state.cache.fill(pairs)
+            return state
+        return HostState(self.decoder, mask, self.cache_argument)
 
     def refuse_checkpointing(self) -> None:
         """Raise ValueError where transformers would drop a key-value cache."""
@@ -328,7 +339,9 @@ def check_policy(policy: Policy, relative_tolerance: float = 1e-3) -> None:
         not_fed = ids[:, 1:]  # `hidden` does not feed its last embedding
         hidden = policy.hidden(prompts, policy.embed(torch.cat([ids[:, 1:], not_fed], 1)))
         ours = policy.head(hidden[0, 1:]) * policy.temperature
-        theirs = policy.causal_lm(input_ids=ids).logits[0, -1:].to(ours.dtype)
+        whole = policy.model if policy.virtual.exist else policy.causal_lm  # only the wrapper has virtual tokens
+        with policy.context():
+            theirs = whole(input_ids=ids).logits[0, -1:].to(ours.dtype)
     _ = policy.honours_padding  # measured here, on every rank, rather than when some rank first needs it
     difference = ((ours - theirs).norm() / theirs.norm()).item()
     limit = relative_tolerance if policy.dtype in (torch.float32, torch.float64) else 3e-2

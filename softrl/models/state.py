@@ -16,7 +16,6 @@ from torch import LongTensor, Tensor
 from transformers import DynamicCache
 
 from softrl.models.kv import KVCache, num_key_value_layers
-from softrl.types import Prompts
 
 
 def positions(mask: Bool[Tensor, "N S"]) -> Tensor:
@@ -27,10 +26,10 @@ def positions(mask: Bool[Tensor, "N S"]) -> Tensor:
 class DecodeState(ABC):
     """What a policy carries while it decodes. `advance` moves on, recording."""
 
-    def __init__(self, decoder: Any, prompts: Prompts):
+    def __init__(self, decoder: Any, mask: Bool[Tensor, "B P"]):
         self.decoder = decoder
-        self.mask = prompts.mask  # of all slots so far
-        self.prompt_length = prompts.mask.shape[1]
+        self.mask = mask  # of all slots so far: at first the prompt's, virtual tokens included
+        self.prompt_length = mask.shape[1]
 
     def repeat(self, num_samples: int) -> None:
         """Turn the state of B prompts into that of N = B * G sequences."""
@@ -102,14 +101,16 @@ class ReplayableState(DecodeState):
 class KeyValueState(ReplayableState):
     """Attention keys and values, in our own cache."""
 
-    def __init__(self, decoder: Any, prompts: Prompts, cache_argument: str, capacity: int, growing: bool = False):
-        super().__init__(decoder, prompts)
+    def __init__(
+        self, decoder: Any, mask: Bool[Tensor, "B P"], cache_argument: str, capacity: int, growing: bool = False
+    ):
+        super().__init__(decoder, mask)
         self.cache_argument = cache_argument
         num_layers = num_key_value_layers(decoder)
         assert num_layers is not None
         self.cache = KVCache(num_layers, self.prompt_length + capacity, growing)
-        self.mask = prompts.mask[:, :0]
-        self.all_prompt = prompts.mask
+        self.mask = mask[:, :0]
+        self.all_prompt = mask
 
     def advance(self, embeds: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
         if self.mask.shape[1] == 0:
@@ -162,8 +163,8 @@ class KeyValueState(ReplayableState):
 class RecurrentState(ReplayableState):
     """A recurrent state that the decoder's `step` maps forward as a pure function."""
 
-    def __init__(self, decoder: Any, prompts: Prompts):
-        super().__init__(decoder, prompts)
+    def __init__(self, decoder: Any, mask: Bool[Tensor, "B P"]):
+        super().__init__(decoder, mask)
         self.recorded: list[Tensor] = []  # the state after the prompt, then after every fed token
         self.leaf: Tensor | None = None
 
@@ -216,8 +217,8 @@ class RecurrentState(ReplayableState):
 class HostState(DecodeState):
     """transformers' own cache (state-space and hybrid models): decodes without gradients, cannot be replayed."""
 
-    def __init__(self, decoder: Any, prompts: Prompts, cache_argument: str):
-        super().__init__(decoder, prompts)
+    def __init__(self, decoder: Any, mask: Bool[Tensor, "B P"], cache_argument: str):
+        super().__init__(decoder, mask)
         self.cache = DynamicCache(config=decoder.config)
         self.cache_argument = cache_argument
         self.started = False
@@ -256,8 +257,8 @@ class HostState(DecodeState):
 class PrefixState(DecodeState):
     """No state but the inputs themselves: every step runs the whole prefix again, at a cost quadratic in T."""
 
-    def __init__(self, decoder: Any, prompts: Prompts):
-        super().__init__(decoder, prompts)
+    def __init__(self, decoder: Any, mask: Bool[Tensor, "B P"]):
+        super().__init__(decoder, mask)
         self.fed: Tensor | None = None
 
     def select(self, rows: Int[Tensor, "M"]) -> None:

@@ -111,6 +111,7 @@ class ThinkingLM(nn.Module):
         self.lm: Any = lm
         self.thinking = config
         self.policy = Policy(lm, config.temperature)
+        self.policy.virtual.refuse("a model that thinks")
         self.talk = self.policy.at_temperature(1.0)
         mean = _mean_embedding(self.policy)
         self.start, self.end, self.pause = (nn.Parameter(mean.clone()) for _ in range(3))

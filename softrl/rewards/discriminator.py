@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softrl.data.prompts import prompt_ids
-from softrl.models.policy import unwrap
+from softrl.models.virtual_tokens import unwrap
 from softrl.rewards.base import one_hot_tokens
 from softrl.rewards.sequences import mixtures, packed
 from softrl.types import SoftTokens

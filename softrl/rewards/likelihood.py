@@ -35,6 +35,7 @@ class _LikelihoodReward(nn.Module, ABC):
         self.model = model.requires_grad_(False)
         self.eval()
         self.lm = Policy(model)
+        self.lm.virtual.refuse("the likelihood")
         self.name = name
         self.tokenizer = tokenizer
         self.reduction: Reduction = reduction

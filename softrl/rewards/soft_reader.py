@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from softrl.models.policy import unwrap
+from softrl.models.virtual_tokens import unwrap
 from softrl.rewards.sequences import attention_bias
 
 _AS_GOOD_AS_HIDDEN = -30.0  # nats of attention

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softrl.tokens.noise import SequenceRandom, gumbel_posterior
-from softrl.tokens.temperature import bounded_softmax, check_entropy_bound
-from softrl.tokens.truncation import Truncation, largest, sampler_log_probs
+from softrl.tokens.temperature import Setting, bounded_softmax, check_entropy_bound, check_setting, number_of
+from softrl.tokens.truncation import SmoothTruncation, Truncation, largest, sampler_log_probs
 from softrl.types import Support
 
 
@@ -25,32 +25,47 @@ class Relaxation(ABC):
 
     Args:
         truncation: nucleus rules and the number of kept ids.
-        temperature: fixed relaxation temperature τ > 0 of the weights, `softmax(· / τ)`.
+        temperature: fixed relaxation temperature τ > 0 of the weights, `softmax(· / τ)`. A scalar tensor gets its
+            gradient from the weights, as the bound and the smooth rules do: see `softrl.tokens.learned`.
         max_entropy_nats: bound the entropy of every soft token instead, 0 < H_max < log K; needs temperature=1.
         detach_temperature: treat the bound's temperature as a constant in the backward pass.
+        smooth: smooth min-p and top-k among the kept ids, in addition to the truncation's hard rules. With factors s
+            the weights are `softmax(· / τ) s`, renormalised; under a bound they are those of `softmax(· + log s)`,
+            cooled until they meet it.
     Raises:
-        ValueError: temperature <= 0, both a temperature and a bound, a bound outside (0, log K).
+        ValueError: temperature <= 0, both a temperature and a bound, a bound outside (0, log K), a smooth top-k above
+            K, or a learned bound together with detach_temperature, which would leave it without a gradient.
     """
 
     truncation: Truncation
-    temperature: float = 1.0
-    max_entropy_nats: float | None = None
+    temperature: Setting = 1.0
+    max_entropy_nats: Setting | None = None
     detach_temperature: bool = False
+    smooth: SmoothTruncation | None = None
 
     name: ClassVar[str]
     feeds_one_hot: ClassVar[bool]  # q is the one-hot of the hard choice, so soft and hard rewards agree
     samples_policy: ClassVar[bool] = True  # hard choices are draws of π, not of its K kept ids or its argmax
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ValueError(f"the relaxation temperature must be positive, got {self.temperature}")
+        check_setting("the relaxation temperature", self.temperature)
+        temperature = number_of(self.temperature)
+        if not temperature > 0.0:
+            raise ValueError(f"the relaxation temperature must be positive, got {temperature}")
         if self.max_entropy_nats is not None:
             check_entropy_bound(self.max_entropy_nats, self.truncation.top_k)
-            if self.temperature != 1.0:
+            if temperature != 1.0 or isinstance(self.temperature, Tensor):
                 raise ValueError(
-                    f"max_entropy_nats={self.max_entropy_nats} sets the relaxation temperature itself; leave "
-                    f"temperature at 1.0 (got {self.temperature})"
+                    f"max_entropy_nats={number_of(self.max_entropy_nats)} sets the relaxation temperature itself; "
+                    f"leave temperature at 1.0 (got {self.temperature})"
                 )
+            if isinstance(self.max_entropy_nats, Tensor) and self.detach_temperature:
+                raise ValueError(
+                    "detach_temperature=True leaves a learned max_entropy_nats without a gradient; set it to False, "
+                    "or give the bound as a number"
+                )
+        if self.smooth is not None:
+            self.smooth.check_support(self.truncation.top_k)
 
     @abstractmethod
     def draw(
@@ -72,9 +87,27 @@ class Relaxation(ABC):
     def weights(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
         """The differentiable weights p, renormalised on the kept support, shape (*batch, K)."""
         logits = self.perturbed(kept_logits, support).masked_fill(~support.kept, -torch.inf)
+        log_factor = self._log_factor(kept_logits, logits, support)
         if self.max_entropy_nats is not None:
-            return bounded_softmax(logits, self.max_entropy_nats, self.detach_temperature)
-        return (logits / self.temperature).softmax(-1)
+            bounded = logits if log_factor is None else logits + log_factor
+            return bounded_softmax(bounded, self.max_entropy_nats, self.detach_temperature)
+        cooled = self._cooled(logits, support)
+        return (cooled if log_factor is None else cooled + log_factor).softmax(-1)
+
+    def _log_factor(
+        self, kept_logits: Float[Tensor, "*batch K"], logits: Float[Tensor, "*batch K"], support: Support
+    ) -> Float[Tensor, "*batch K"] | None:
+        """Of the smooth rules, which judge before the temperature, as hard ones do."""
+        if self.smooth is None:
+            return None
+        return self.smooth.log_factor(kept_logits.masked_fill(~support.kept, -torch.inf), logits)
+
+    def _cooled(self, logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
+        """z / τ; absent logits stay −inf, and a learned τ, whose gradient they would make NaN, does not see them."""
+        if not isinstance(self.temperature, Tensor):
+            return logits / self.temperature
+        finite = logits.masked_fill(~support.kept, 0.0) / self.temperature
+        return finite.masked_fill(~support.kept, -torch.inf)
 
     def fed(self, weights: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
         """q: the weights themselves for mixtures, the one-hot of the hard choice for straight-through."""
@@ -184,7 +217,7 @@ class GumbelRao(Relaxation):
     Args:
         num_draws: S >= 1.
     Raises:
-        ValueError: num_draws < 1, or an entropy bound.
+        ValueError: num_draws < 1, an entropy bound, or smooth truncation.
     Source: Paulus, Maddison and Krause (2021), arXiv:2010.04838.
     """
 
@@ -214,6 +247,7 @@ class GumbelRao(Relaxation):
 
     def weights(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
         assert support.draws is not None
+        # Absent ids are filled after the division, so that they leave a learned temperature's gradient alone.
         perturbed = (kept_logits[..., None, :] + support.draws) / self.temperature
         return perturbed.masked_fill(~support.kept[..., None, :], -torch.inf).softmax(-1).mean(-2)
 
@@ -227,7 +261,7 @@ class ReinMax(StraightThrough):
     in the one-hot. The value of p is π.
 
     Raises:
-        ValueError: an entropy bound.
+        ValueError: an entropy bound, smooth truncation, or a learned temperature, which its value does not depend on.
     Source: Liu et al. (2023), arXiv:2304.08612, algorithm 2.
     """
 
@@ -236,6 +270,11 @@ class ReinMax(StraightThrough):
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_entropy_bound(self)
+        if isinstance(self.temperature, Tensor):
+            raise ValueError(
+                "a learned temperature does not apply to relaxation 'reinmax', whose weights do not depend on it; "
+                "give it as a number"
+            )
 
     def weights(self, kept_logits: Float[Tensor, "*batch K"], support: Support) -> Float[Tensor, "*batch K"]:
         absent = ~support.kept
@@ -260,6 +299,11 @@ def _refuse_entropy_bound(relaxation: Relaxation) -> None:
             f"max_entropy_nats={relaxation.max_entropy_nats} does not apply to relaxation {relaxation.name!r}, whose "
             "Jacobian is not that of one softmax; use a temperature, or one of the other relaxations"
         )
+    if relaxation.smooth is not None:
+        raise ValueError(
+            f"smooth truncation does not apply to relaxation {relaxation.name!r}, whose Jacobian is not that of one "
+            "softmax; use the hard rules of its truncation, or one of the other relaxations"
+        )
 
 
 RELAXATIONS: dict[str, type[Relaxation]] = {
@@ -271,15 +315,16 @@ RELAXATIONS: dict[str, type[Relaxation]] = {
 def make_relaxation(
     name: str,
     truncation: Truncation,
-    temperature: float = 1.0,
-    max_entropy_nats: float | None = None,
+    temperature: Setting = 1.0,
+    max_entropy_nats: Setting | None = None,
     detach_temperature: bool = False,
     num_draws: int | None = None,
+    smooth: SmoothTruncation | None = None,
 ) -> Relaxation:
     """The relaxation of that name; ValueError lists the names there are. `num_draws` matters to "gumbel_rao" alone."""
     if name not in RELAXATIONS:
         raise ValueError(f"relaxation must be one of {sorted(RELAXATIONS)}, got {name!r}")
-    relaxation = RELAXATIONS[name](truncation, temperature, max_entropy_nats, detach_temperature)
+    relaxation = RELAXATIONS[name](truncation, temperature, max_entropy_nats, detach_temperature, smooth)
     if isinstance(relaxation, GumbelRao) and num_draws is not None:
         return replace(relaxation, num_draws=num_draws)
     return relaxation

@@ -102,6 +102,7 @@ class GenerationEngine:
         Raises:
             ValueError: as `soft_rollout`, or the engine ended a completion that is not at its end.
         """
+        policy.virtual.refuse("a generation engine")
         check_rollout(policy, prompts, num_steps, num_samples, random)
         self._set(policy.temperature, truncation, top_k, num_steps, eos_ids)
         repeated = prompts.repeated(num_samples)

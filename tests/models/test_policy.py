@@ -10,6 +10,7 @@ from softrl.estimators.adjoint import solve_cotangents
 from softrl.estimators.system import AdjointSettings
 from softrl.models import policy as policy_module
 from softrl.models.policy import Policy, check_policy, evaluation_mode
+from softrl.models.virtual_tokens import unwrap
 from softrl.rollouts.soft import soft_rollout
 from softrl.tokens.embedding import check_norm_correction
 
@@ -108,8 +109,8 @@ def test_models_without_parallel_input_embeddings_are_refused():
 
     with pytest.raises(TypeError, match=r"OnlyIds has no parallel forward over inputs_embeds.*use a causal LM"):
         Policy(OnlyIds())
-    with pytest.raises(ValueError, match="prepends virtual tokens"):
-        Policy(get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    with pytest.raises(ValueError, match=r"prepends virtual tokens to the prompt, which would be left out here"):
+        unwrap(get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
     with pytest.raises(ValueError, match="sampling temperature must be positive"):
         Policy(llama(), 0.0)
     with pytest.raises(ValueError, match="norm_correction must be one of"):

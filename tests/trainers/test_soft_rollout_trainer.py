@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import PairReward, V, gpt2, llama
-from peft import LoraConfig
+from helpers import PairReward, V, gpt2, llama, prompts
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from trainers.tiny import dataset, logs_of, make, parameters_of
 
+from softrl.models.policy import Policy
 from softrl.rewards.token_linear import TokenLinearReward
 
 pytestmark = pytest.mark.slow  # imports trl
@@ -102,6 +103,25 @@ def test_lora_trains_adapters_only_and_measures_kl_to_the_base(tmp_path, tokeniz
     assert kls[-1] > 1e-6
     trainer.save_model(str(tmp_path))
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_train_alone_and_come_back(tmp_path, tokenizer, config):
+    """KL is to the model without them, so it does not start at zero; PEFT reads what was saved."""
+    prefix = config(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = make(tmp_path, tokenizer, llama(), peft_config=prefix, learning_rate=1.0)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in trainer.model.named_parameters() if "prompt_encoder" in name}
+    assert logs_of(trainer, "kl")[0] > 1e-6
+    trainer.save_model(str(tmp_path))
+    loaded = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    batch, tokens = prompts(), torch.tensor([[5, 9, 4]] * 3)
+    ours, theirs = (
+        policy.hidden(batch, policy.embed(tokens)) for policy in (Policy(trainer.model.eval()), Policy(loaded))
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)  # saved in float32
 
 
 def test_metric_keys_and_their_values(tmp_path, tokenizer):
