@@ -36,6 +36,13 @@ _FLAGS = (
 _FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig><dir>/usr/share/fonts</dir><dir>{fonts}</dir><cachedir>{cache}</cachedir></fontconfig>
 """
+# The browser reads commands from file descriptor 3 and answers on 4; which of ours these may be is not known.
+_WIRED = """import fcntl, os, sys
+read, write = (fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def browser_path():
@@ -108,7 +115,7 @@ def started_browser(scratch):
     libraries = os.pathsep.join(filter(None, [os.environ.get("LD_LIBRARY_PATH"), str(path.parent)]))
     commands, answers = os.pipe(), os.pipe()
     command = [str(path), *_FLAGS, f"--user-data-dir={Path(scratch, 'profile')}", "about:blank"]
-    wired = ["/bin/sh", "-c", f'exec "$@" 3<&{commands[0]} 4>&{answers[1]}', "sh", *command]
+    wired = [sys.executable, "-I", "-S", "-c", _WIRED, str(commands[0]), str(answers[1]), *command]
     with Path(scratch, "browser.log").open("wb") as log:
         process = subprocess.Popen(
             wired, pass_fds=(commands[0], answers[1]), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -208,7 +215,8 @@ class Page:
         """Press the mouse in the middle of the first element of a selector, once it is in view."""
         where = self.evaluate(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            "e.scrollIntoView({block: 'center'}); const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            "e.scrollIntoView({block: 'center'}); const b = e.getClientRects()[0];"
+            "return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
