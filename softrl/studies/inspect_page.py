@@ -19,7 +19,7 @@ from softrl.studies.html import number
 from softrl.studies.inspect_run import Parting, Reading, Run, Token, parting
 
 _TEMPLATE, _STYLE, _SCRIPT = (Path(__file__).with_name(f"inspect_page.{kind}") for kind in ("html", "css", "js"))
-_PARTS_SHOWN = 10  # of a mixture
+_PARTS_SHOWN = 8  # of a mixture
 _TICKS = 4
 _STEPS_BETWEEN_LABELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -58,6 +58,7 @@ def write_page(
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "percent": percent, "choices": choices, "sentence": sentence}
+    environment.filters |= {"indent_of": indent_of, "without_indent": without_indent}
     script = _SCRIPT.read_text(encoding="utf-8")
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         style=_STYLE.read_text(encoding="utf-8"), script=script, script_hash=_hash(script), command=command,
@@ -103,10 +104,9 @@ def summary(run: Run, other: Run | None, split: Parting | None) -> list[str]:
         )
     if other is not None and split is not None:
         lines.append(
-            f"It reads the same as “{other.name}” to the end."
+            f"Its text is that of the {other.name} to the end."
             if split.first is None
-            else f"It reads the same as “{other.name}” for {split.first} tokens and parts from it at step "
-            f"{split.first + 1}."
+            else f"Its text is that of the {other.name} for {split.first} tokens; they part at step {split.first + 1}."
         )
     return lines
 
@@ -119,6 +119,16 @@ def _kinds(steps: int, soft: int) -> str:
 def sentence(name: str) -> str:
     """A name as a heading begins: its first letter large, the others as they are."""
     return name[:1].upper() + name[1:]
+
+
+def indent_of(text: str) -> str:
+    """The spaces that a token's text begins with, which stand before the coloured token; none of spaces alone."""
+    return text[: len(text) - len(text.lstrip(" "))] if text.strip(" ") else ""
+
+
+def without_indent(text: str) -> str:
+    """The rest of it."""
+    return text[len(indent_of(text)) :]
 
 
 def phases(run: Run) -> list[tuple[int, int, bool]]:
@@ -141,7 +151,8 @@ def plots(run: Run) -> list[Plot]:
     found = [
         _plot(
             "Entropy, nats",
-            "High where the model was unsure which token comes next; what was fed back is the mixture kept from that.",
+            "High where the model was unsure which token comes next: 0 is certain, 0.7 is two equally likely tokens, 2.3 "
+            "is ten. The mixture that was fed back is made of the likeliest of them.",
             entropies,
             run.bound_nats,
         )
@@ -203,11 +214,11 @@ def step_labels(steps: int) -> list[int]:
 
 
 def percent(share: float | None) -> str:
-    """A share for people: `62%`, `3.1%`, `under 0.1%`; a dash for None."""
+    """A share for people: `62%`, `3.1%`, `<0.1%`; a dash for None."""
     if share is None:
         return "–"  # noqa: RUF001
     if share < 1e-3:
-        return "under 0.1%" if share > 0.0 else "0%"
+        return "<0.1%" if share > 0.0 else "0%"
     return f"{100.0 * share:.1f}%" if share < 0.0995 else f"{100.0 * share:.0f}%"
 
 

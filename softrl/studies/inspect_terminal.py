@@ -39,7 +39,12 @@ def show(
         parts_shown: of a mixture, at most.
     """
     split = None if other is None else parting(run.ids, other.ids)
-    parts: list[RenderableType] = [Rule("prompt"), Text(run.prompt), Rule("as its heaviest tokens read"), _read(run)]
+    parts: list[RenderableType] = [
+        Rule("prompt"),
+        Text(run.prompt),
+        Rule("the text, read by the heaviest token of each mixture"),
+        _read(run),
+    ]
     parts += [Rule("steps"), _table(run, other, split, parts_shown), Text(_LEGEND, style="dim")]
     if other is not None and split is not None:
         parts += [Rule("where two runs part")]

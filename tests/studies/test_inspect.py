@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from studies.soft_texts import BOUND_NATS, PIECES, byte_tokenizer, record_of
+from studies.inspected import BOUND_NATS, PIECES, byte_tokenizer, record_of
 from tokenizers import Tokenizer, decoders, models
 from trainers.tiny import word_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -228,7 +228,7 @@ def test_the_page_shows_every_step(page, run):
         assert f'<div id="s{step.number}">' in page
         assert page.count(f'href="#s{step.number}"') == 2  # in the text, and where runs part
     assert page.count("This step was hard") == 6
-    for words in ("Entropy of the model", "Entropy fed back", "Nearest token", "A hard decoder", "Drawn from it"):
+    for words in ("Model entropy", "Entropy fed", "Nearest token", "A hard decoder", "Drawn from it"):
         assert page.count(words) == len(run.steps)
 
 
@@ -237,7 +237,7 @@ def test_a_page_of_little(tmp_path, texts):
     write_page(tmp_path / "one.html", run_of(line, texts, "run"))
     page = (tmp_path / "one.html").read_text()
     assert "Where two runs part" not in page
-    assert "Entropy of the model" not in page
+    assert "Model entropy" not in page
     assert page.count("<figure") == 1
 
 
@@ -247,7 +247,7 @@ def test_summary_counts(run, other):
     same = sum(step.likeliest.id == step.token.id for step in run.steps[:18])
     assert f"in {same} of 18 soft steps" in words
     first = next(at for at, pair in enumerate(zip(run.ids, other.ids, strict=True)) if pair[0] != pair[1])
-    assert f"parts from it at step {first + 1}." in words
+    assert f"they part at step {first + 1}." in words
     assert "to the end" in " ".join(summary(run, run, parting(run.ids, run.ids)))
 
 
@@ -269,7 +269,7 @@ def test_curves_stand_where_the_numbers_are(run):
 
 def test_numbers_for_people():
     assert [percent(x) for x in (None, 0.0, 1e-5, 0.004, 0.0994, 0.0996, 0.5, 1.0)] == [
-        "–", "0%", "under 0.1%", "0.4%", "9.9%", "10%", "50%", "100%",  # noqa: RUF001
+        "–", "0%", "<0.1%", "0.4%", "9.9%", "10%", "50%", "100%",  # noqa: RUF001
     ]  # fmt: skip
     assert [choices(x) for x in (0.0, math.log(3), math.log(1234))] == ["1.0", "3.0", "1,234"]
     assert step_labels(7) == [1, 2, 3, 4, 5, 6, 7]
@@ -283,6 +283,6 @@ def test_the_terminal_shows_every_step_and_no_markup(run, other, texts):
     assert "<script>alert(1)</script>" in words
     for step in run.steps:
         assert re.search(rf"^ *{step.number} ", words, re.M)
-    assert "parts from it at step" in words
+    assert "they part at step" in words
     assert "Hard decode:" in words
     assert len(PIECES) == 23

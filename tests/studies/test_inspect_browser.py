@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browser import started_browser
-from studies.soft_texts import BOUND_NATS, byte_tokenizer, record_of
+from studies.inspected import BOUND_NATS, byte_tokenizer, record_of
 
 from softrl.studies.inspect_page import write_page
 from softrl.studies.inspect_run import line_of, readings, run_of
