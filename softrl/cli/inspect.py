@@ -123,19 +123,18 @@ def _generated(given: argparse.Namespace, of_generation: list[str]) -> tuple[Any
     from softrl.cli import generate
     from softrl.generation.next_token import NextToken
     from softrl.generation.soft_settings import Phase, SoftDecoding
+    from softrl.studies.inspect_run import run_of
     from softrl.studies.inspect_text import TokenTexts
 
     words = [*of_generation, "--model", given.model, "--prompt", given.prompt, "--seed", str(given.seed)]
     asked = generate._parser().parse_args(words)
     model, tokenizer = generate.load(asked.model, asked.dtype)
-    texts = TokenTexts(tokenizer)
-    decoding = generate._decoding(asked, model.config.get_text_config().vocab_size, tokenizer)
-    run = _run(asked, model, tokenizer, decoding, texts, "soft run")
+    texts, vocab_size = TokenTexts(tokenizer), model.get_output_embeddings().weight.shape[0]
+    decoding = generate._decoding(asked, vocab_size, tokenizer)
+    run = _run(asked, model, tokenizer, decoding, "hard run" if asked.hard else "soft run")
     if given.no_compare:
         return run, None, texts
     if given.compare_record:
-        from softrl.studies.inspect_run import run_of
-
         line = _line(given.compare_record, given.index)
         return run, run_of(line, texts, f"run of {Path(given.compare_record).stem}"), texts
     if given.compare_model:
@@ -144,19 +143,22 @@ def _generated(given: argparse.Namespace, of_generation: list[str]) -> tuple[Any
             raise ValueError(
                 f"{given.model} and {given.compare_model} have different tokens, so runs cannot be compared"
             )
-        return run, _run(asked, second, tokenizer, decoding, texts, f"run of {Path(given.compare_model).name}"), texts
+        return run, _run(asked, second, tokenizer, decoding, f"run of {Path(given.compare_model).name}"), texts
     greedy = SoftDecoding(Phase(None, NextToken(greedy=True)))
-    return run, _run(asked, model, tokenizer, greedy, texts, "hard decode"), texts
+    return run, _run(asked, model, tokenizer, greedy, "hard decode"), texts
 
 
-def _run(asked: argparse.Namespace, model: Any, tokenizer: Any, decoding: Any, texts: Any, name: str) -> Any:
+def _run(asked: argparse.Namespace, model: Any, tokenizer: Any, decoding: Any, name: str) -> Any:
+    """A model's run of the prompt, as `softrl generate` makes it."""
     from softrl.generation.soft_generate import soft_generate
-    from softrl.models.policy import Policy
+    from softrl.models.policy import Policy, check_policy
     from softrl.studies.inspect_run import line_of, run_of
+    from softrl.studies.inspect_text import TokenTexts
     from softrl.trainers.batches import INDEX_COLUMN, prompt_batch, prompt_text
     from softrl.trainers.loading import eos_token_ids
 
     policy = Policy(model)
+    check_policy(policy)
     prompt = [{"role": "user", "content": asked.prompt[0]}] if asked.chat else asked.prompt[0]
     made = prompt_batch([{"prompt": prompt, INDEX_COLUMN: 0}], tokenizer, 1, None, next(model.parameters()).device)
     record = soft_generate(
@@ -165,7 +167,8 @@ def _run(asked: argparse.Namespace, model: Any, tokenizer: Any, decoding: Any, t
     )  # fmt: skip
     relaxation = decoding.thinking.relaxation
     bound = None if relaxation is None else relaxation.max_entropy_nats
-    return run_of(line_of(record, 0, prompt_text(prompt)), texts, name, bound, settings_of(decoding))
+    line = line_of(record, 0, prompt_text(prompt))
+    return run_of(line, TokenTexts(tokenizer), name, bound, settings_of(decoding))
 
 
 def settings_of(decoding: Any) -> dict[str, str]:

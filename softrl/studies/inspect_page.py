@@ -151,8 +151,8 @@ def plots(run: Run) -> list[Plot]:
     found = [
         _plot(
             "Entropy, nats",
-            "High where the model was unsure which token comes next: 0 is certain, 0.7 is two equally likely tokens, 2.3 "
-            "is ten. The mixture that was fed back is made of the likeliest of them.",
+            "High where the model was unsure which token comes next: 0 is certain, 0.7 is two equally likely tokens, "
+            "2.3 is ten. The mixture that was fed back is made of the likeliest of them.",
             entropies,
             run.bound_nats,
         )

@@ -198,7 +198,7 @@ def _step(line: Mapping[str, Any], at: int, text: str, texts: TokenTexts) -> Ste
         is_soft=sum(weight > 0.0 for weight in weights) > 1 if is_soft is None else is_soft,
         kept=tuple(kept),
         entropy=value("entropy"),
-        fed_entropy=fed_entropy,
+        fed_entropy=fed_entropy + 0.0,  # −0 of a hard step becomes 0
         likeliest=None if likeliest is None else token(likeliest),
         nearest=None if nearest is None else token(nearest),
         distance=value("distance"),

@@ -16,13 +16,15 @@ from softrl.studies.inspect_run import Parting, Reading, Run, Step, Token, parti
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _BAR_CELLS = 6
 _COLUMNS = (
-    ("step", "right"), ("token", "left"), ("fed back", "left"), ("H model", "right"), ("H fed", "right"),
-    ("nearest", "left"), ("distance", "right"), ("hard", "left"),
+    ("step", "right"), ("fed back", "left"), ("H", "right"), ("H fed", "right"), ("nearest", "left"), ("far", "right"),
+    ("hard", "left"),
 )  # fmt: skip
+_OTHER_CELLS = 54  # of a table's width: numbers, bars and gaps
 _LEGEND = (
-    "fed back: the heaviest tokens of the mixture and their weights. H: entropy in nats, of the model's prediction "
-    "and of what was fed. nearest, distance: the token whose embedding is closest to what was fed, in lengths of an "
-    "embedding. hard: what a hard decoder would have said instead of the token; blank where it is the same."
+    "fed back: the heaviest tokens of the mixture and their weights; a hard step has one. H, H fed: entropy in nats, "
+    "of the model's prediction and of what was fed. nearest, far: the token whose embedding is closest to what was "
+    "fed, and how far it is, in lengths of an embedding. hard: what a hard decoder would have said. A dot is the "
+    "heaviest token again."
 )
 
 
@@ -45,7 +47,7 @@ def show(
         Rule("the text, read by the heaviest token of each mixture"),
         _read(run),
     ]
-    parts += [Rule("steps"), _table(run, other, split, parts_shown), Text(_LEGEND, style="dim")]
+    parts += [Rule("steps"), _table(run, other, split, parts_shown, console.width), Text(_LEGEND, style="dim")]
     if other is not None and split is not None:
         parts += [Rule("where two runs part")]
         for each, same in zip((run, other), split.same, strict=True):
@@ -63,39 +65,46 @@ def _read(run: Run) -> Text:
     return text
 
 
-def _table(run: Run, other: Run | None, split: Parting | None, parts_shown: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+def _table(run: Run, other: Run | None, split: Parting | None, parts_shown: int, width: int) -> Table:
+    """The steps; labels of tokens are cut so that a table of this width has room for them."""
+    table, most = Table(box=SIMPLE_HEAD, pad_edge=False), max(6, min(24, (width - _OTHER_CELLS) // 4))
     for title, justify in _COLUMNS:
-        table.add_column(title, justify=justify, no_wrap=title in ("step", "H model", "H fed"))  # type: ignore[arg-type]
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     if other is not None:
         table.add_column(other.name)
     for step in run.steps:
-        cells = _cells(step, parts_shown)
+        cells = _cells(step, parts_shown, most)
         if other is not None:
             at = step.number - 1
-            cells.append(_label(other.steps[at].token) if at < len(other.steps) else Text("ended", "dim"))
+            cells.append(_label(other.steps[at].token, most) if at < len(other.steps) else Text("ended", "dim"))
         parts_here = split is not None and split.first == step.number - 1
         table.add_row(*cells, style="bold" if parts_here else "")
     return table
 
 
-def _cells(step: Step, parts_shown: int) -> list[Text]:
-    fed = Text("one token", "dim")
-    if step.is_soft:
-        fed = Text("\n").join(
-            Text.assemble((_bar(part.weight), "cyan"), f" {percent(part.weight):>4} ", _label(part.token))
-            for part in step.shown(parts_shown)
-        )
-    is_same = step.likeliest is None or step.likeliest.id == step.token.id
+def _cells(step: Step, parts_shown: int, most: int) -> list[Text]:
+    parts = step.shown(parts_shown) if step.is_soft else step.kept[:1]
+    fed = Text("\n").join(
+        Text.assemble((_bar(part.weight), "cyan"), f" {percent(part.weight):>5} ", _label(part.token, most))
+        for part in parts
+    )
+    others = [
+        Text("·", "dim") if token is not None and token.id == step.token.id else _label(token, most)
+        for token in (step.nearest, step.likeliest)
+    ]
     return [
-        Text(str(step.number)), _label(step.token), fed, Text(number(step.entropy)), Text(number(step.fed_entropy)),
-        _label(step.nearest), Text(number(step.distance)), Text() if is_same else _label(step.likeliest),
+        Text(str(step.number)), fed, Text(number(step.entropy)), Text(number(step.fed_entropy)), others[0],
+        Text(number(step.distance)), others[1],
     ]  # fmt: skip
 
 
-def _label(token: Token | None) -> Text:
+def _label(token: Token | None, most: int) -> Text:
     """A token as text and never as rich's markup."""
-    return Text("–", "dim") if token is None else Text(token.label, "magenta" if token.is_special else "")  # noqa: RUF001
+    if token is None:
+        return Text("–", "dim")  # noqa: RUF001
+    text = Text(token.label, "magenta" if token.is_special else "")
+    text.truncate(most, overflow="ellipsis")
+    return text
 
 
 def _bar(share: float) -> str:
