@@ -21,6 +21,7 @@ COMMANDS = {
     "study": "measure what a setting does, as a figure: softrl study entropy-bound",
     "compare": "learning curves and reward against KL for several methods: softrl compare --config compare-quick",
     "thoughts": "write with a model that thinks, compare ways to learn it: softrl thoughts generate | compare",
+    "inspect": "look inside soft decoding, step by step, on a page or in the terminal: softrl inspect --prompt TEXT",
     "doctor": "what is installed, which engines run here, and whether a recipe fits: softrl doctor --config RECIPE",
     "assets": "fetch, check, convert and cache the embedded model, reviews, encoder and rewards",
 }
