@@ -144,7 +144,7 @@ def phases(run: Run) -> list[tuple[int, int, bool]]:
 
 def plots(run: Run) -> list[Plot]:
     """Entropy over steps with its bound, and the distance to the nearest embedding where it is known."""
-    entropies = [
+    entropies: list[tuple[str, str, list[float | None]]] = [
         ("of the model's prediction", "model", [step.entropy for step in run.steps]),
         ("of what was fed back", "fed", [step.fed_entropy for step in run.steps]),
     ]
