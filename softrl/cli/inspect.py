@@ -127,7 +127,14 @@ def _generated(given: argparse.Namespace, of_generation: list[str]) -> tuple[Any
     from softrl.studies.inspect_text import TokenTexts
 
     words = [*of_generation, "--model", given.model, "--prompt", given.prompt, "--seed", str(given.seed)]
-    asked = generate._parser().parse_args(words)
+    parser = generate._parser()
+    parser.prog = PROG
+    asked = parser.parse_args(words)
+    if asked.prompts_file or asked.num_samples != 1:
+        raise ValueError(
+            "a page is of one text: leave out --prompts_file and --num_samples, or write them with softrl generate "
+            "--output_file and look at one of them with --record and --index"
+        )
     model, tokenizer = generate.load(asked.model, asked.dtype)
     texts, vocab_size = TokenTexts(tokenizer), model.get_output_embeddings().weight.shape[0]
     decoding = generate._decoding(asked, vocab_size, tokenizer)

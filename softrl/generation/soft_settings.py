@@ -206,7 +206,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value is None and len(options) < len(get_args(hint)):
             return None
         hint = options[0]  # of several, the first is the plain one
-    if isinstance(hint, type) and hint in (Phase, NextToken, Truncation, Relaxation):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _built(hint, value, where)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_value(get_args(hint)[0], each, where) for each in value)

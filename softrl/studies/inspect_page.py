@@ -144,19 +144,16 @@ def phases(run: Run) -> list[tuple[int, int, bool]]:
 
 def plots(run: Run) -> list[Plot]:
     """Entropy over steps with its bound, and the distance to the nearest embedding where it is known."""
-    entropies = [
+    entropies: list[tuple[str, str, list[float | None]]] = [
         ("of the model's prediction", "model", [step.entropy for step in run.steps]),
         ("of what was fed back", "fed", [step.fed_entropy for step in run.steps]),
     ]
-    found = [
-        _plot(
-            "Entropy, nats",
-            "High where the model was unsure which token comes next: 0 is certain, 0.7 is two equally likely tokens, "
-            "2.3 is ten. The mixture that was fed back is made of the likeliest of them.",
-            entropies,
-            run.bound_nats,
-        )
-    ]
+    sharpened = "" if run.bound_nats is None else ", sharpened where its entropy would exceed the bound"
+    words = (
+        "High where the model was unsure which token comes next: 0 is certain, 0.7 is two equally likely tokens, 2.3 "
+        f"is ten. The mixture that was fed back is made of the likeliest tokens alone{sharpened}."
+    )
+    found = [_plot("Entropy, nats", words, entropies, run.bound_nats)]
     distances = [step.distance for step in run.steps]
     if any(distance is not None for distance in distances):
         found.append(

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -73,7 +74,7 @@ class TokenTexts:
 
     def _bytes(self, token: int) -> bytes | None:
         """The bytes of a token; None where the tokenizer has words, or no such token."""
-        piece = self.tokenizer.convert_ids_to_tokens(token)
+        piece = cast("str | None", self.tokenizer.convert_ids_to_tokens(token))
         if piece is None or self._space is None:
             return None
         if token in self._special:

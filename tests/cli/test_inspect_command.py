@@ -101,6 +101,7 @@ def test_the_page_and_the_terminal(models, tmp_path, capsys):
     [
         ("--model {one} --prompt w4 --max_new_tokens 0", "at least 1"),
         ("--model {one} --prompt w4 --max_new_tokens 4 --compare_model {others}", "have different tokens"),
+        ("--model {one} --prompt w4 --num_samples 2", "a page is of one text"),
         ("--model {one} --prompt w4 --readings -1", "--readings must not be negative"),
         ("--model {one} --prompt ''", "the prompt is empty"),
         ("--model {one} --record {nowhere}", "No such file"),
@@ -119,7 +120,7 @@ def test_mistakes_are_named(models, tmp_path, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["", "--prompt a --record b", "--record b --index 0 --top_q 3"])
+@pytest.mark.parametrize("words", ["", "--prompt a --record b", "--record b --top_q 3", "--prompt a --top_q 3"])
 def test_words_that_no_command_has(words):
     with pytest.raises(SystemExit):
         main(shlex.split(words))

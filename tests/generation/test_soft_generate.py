@@ -234,18 +234,22 @@ def test_without_the_search_the_distance_is_to_the_heaviest_token():
     assert torch.equal(searched.weights, not_searched.weights)
 
 
-def test_padding_stands_behind_the_end_and_nothing_else():
+@pytest.mark.parametrize("phase", [mixture(), mixture(name="gumbel_softmax"), Phase()])
+def test_a_text_ends_where_it_shows_an_end_and_padding_stands_behind_it(phase):
     model, given = gpt2(), prompts(4)
-    whole = soft_generate(Policy(model), given, 20, SoftDecoding(mixture()))
+    whole = soft_generate(Policy(model), given, 20, SoftDecoding(phase))
     ends = (int(whole.tokens[0, 3]), int(whole.tokens[1, 8]))
-    record = soft_generate(Policy(model), given, 20, SoftDecoding(mixture()), eos_ids=ends, pad_id=11)
+    record = soft_generate(Policy(model), given, 20, SoftDecoding(phase), eos_ids=ends, pad_id=11)
     assert not record.mask.all()
+    for row in range(4):
+        shown = whole.tokens[row].tolist()
+        length = next((i + 1 for i, token in enumerate(shown) if token in ends), len(shown))
+        assert record.tokens[row].tolist()[:length] == shown[:length]
+        assert record.mask[row].sum() == length
     assert (record.tokens[~record.mask] == 11).all()
     for each in fields(record):
         if each.name not in ("prompts", "tokens", "mask"):
             assert not getattr(record, each.name)[~record.mask].any(), each.name
-    last = record.tokens.gather(1, record.mask.sum(-1, keepdim=True) - 1)[:, 0]
-    assert all(each in ends for each in last[record.mask.sum(-1) < record.mask.shape[1]].tolist())
 
 
 def test_the_policys_temperature_counts_beside_the_phases():

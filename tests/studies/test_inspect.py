@@ -228,7 +228,7 @@ def test_the_page_shows_every_step(page, run):
         assert f'<div id="s{step.number}">' in page
         assert page.count(f'href="#s{step.number}"') == 2  # in the text, and where runs part
     assert page.count("This step was hard") == 6
-    for words in ("Model entropy", "Entropy fed", "Nearest token", "A hard decoder", "Drawn from it"):
+    for words in ("Model entropy", "Entropy fed", "Nearest token", "Likeliest token", "Drawn from it"):
         assert page.count(words) == len(run.steps)
 
 
