@@ -30,7 +30,10 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, epilog=EPILOG, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, epilog=EPILOG, allow_abbrev=False,
+        usage=f"{PROG} (--prompt TEXT ... | --prompts_file FILE | < FILE) [--model NAME] [settings]",
+    )  # fmt: skip
     parser.add_argument("--model", default="smollm2-135m", help="a name, a folder, or an adapter's (smollm2-135m)")
     parser.add_argument("--prompt", action="append", help="text to go on with; may be given repeatedly; - reads stdin")
     parser.add_argument("--prompts_file", help="one prompt a line, or .jsonl with a `prompt` each, text or messages")

@@ -112,7 +112,9 @@ class SoftDecoding:
         return max(1 if each is None else each.truncation.top_k for each in relaxations)
 
 
-# Untuned models ramble on long mixtures: few ids and a bound. The measurements are in studies/LOG.md.
+# For models that nobody has tuned for soft tokens. K is that of Soft Thinking's runs. SmolLM2-135M on ten openings of
+# reviews, 32 tokens each: perplexity of the text 3.1 and 24% repeated 4-grams (greedy 2.9 and 30%); without the bound
+# 31 and 43%, with one of 1 nat 5.2 and 39%.
 DEFAULT_DECODING = SoftDecoding(Phase(SoftmaxMixture(Truncation(top_k=10), max_entropy_nats=0.5)))
 
 
