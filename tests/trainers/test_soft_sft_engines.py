@@ -13,7 +13,7 @@ KINDS = {
     "true": {"guidance_alpha": 1.0, "max_grad_norm": 1.0},
     "detached": {"hops": 0, "guidance": "floor"},
     "parallel": {"cotangent_method": "parallel", "relaxation": "gumbel_softmax", "entropy_penalty": 0.05},
-    "sequential": {"cotangent_method": "sequential", "true_token_probability": 0.3},
+    "sequential": {"cotangent_method": "sequential", "true_token_probability": 0.3, "max_grad_norm": 1.0},
 }
 PARITY = [
     ("ddp", "true", False, 1), ("ddp", "detached", False, 2), ("ddp", "detached", True, 1),
