@@ -275,7 +275,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         scheduled: dict[str, float],
     ) -> None:
         counted = texts.counted
-        numbers = {"nll": -output.log_probs, "entropy": output.entropy}
+        numbers = {"guided_nll": -output.log_probs, "entropy": output.entropy}
         if rollout is not None:
             assert rollout.support.guidance is not None
             numbers |= {"fed_entropy": fed_entropy(rollout), "true_tokens": rollout.support.guidance == 1.0}

@@ -46,6 +46,6 @@ def test_two_ranks_give_the_parameters_of_one(ranks, engine, kind, lora, accumul
     assert difference(alone["parameters"], alone["start"]) > 100 * TOLERANCE
     names = ["loss", "guidance_alpha", "num_tokens"]
     if accumulation == 1:  # these are means of the micro-batches' means
-        names += ["nll", "entropy", "fed_entropy", "true_tokens"]
+        names += ["guided_nll", "entropy", "fed_entropy", "true_tokens"]
     for name in names:
         assert logged(found, name) == pytest.approx(logged(alone, name), abs=TOLERANCE), name
