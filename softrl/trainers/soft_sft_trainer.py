@@ -357,8 +357,9 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
             from softrl.generation.soft_settings import Phase, SoftDecoding, save_soft_decoding
         except ModuleNotFoundError:  # until soft generation is merged
             return
-        settings = SoftDecoding(Phase(self.relaxation.base), norm_correction=self.policy.norm_correction)
-        save_soft_decoding(settings, folder)
+        last = max(self.state.global_step - 1, 0)
+        relaxation = self.args.make_relaxation(last, max(self.state.max_steps, 1))
+        save_soft_decoding(SoftDecoding(Phase(relaxation), norm_correction=self.policy.norm_correction), folder)
 
 
 @dataclass(frozen=True)
