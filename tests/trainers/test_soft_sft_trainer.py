@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from softrl.estimators.supervised import plain_pass
 from softrl.objectives.token_terms import DirectTerms
+from softrl.tokens.truncation import Truncation
 from softrl.trainers import SoftSFTConfig
 
 pytestmark = pytest.mark.slow  # imports trl
@@ -275,11 +276,8 @@ def test_with_the_model_goes_how_it_is_to_be_decoded(tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoint-3"):
         loaded = settings.load_soft_decoding(folder)
         relaxation = loaded.thinking.relaxation
-        assert (relaxation.name, relaxation.truncation.top_k, relaxation.truncation.min_p) == (
-            "gumbel_softmax",
-            5,
-            0.02,
-        )
+        assert relaxation.name == "gumbel_softmax"
+        assert relaxation.truncation == Truncation(6, min_p=0.02)  # of the last of three steps
         assert loaded.norm_correction == "match"
 
 
