@@ -33,9 +33,12 @@ def loss_and_gradient(trainer, batch, **more):
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, {"completion_only_loss": False}], ids=["default", "whole texts"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_guidance_of_one_has_trl_s_loss_and_gradient(tmp_path, kind, settings):
+PARITY = [(kind, None) for kind in KINDS] + [("prompt", False), ("conversation", False), ("ids", True)]
+
+
+@pytest.mark.parametrize(("kind", "completion_only"), PARITY)
+def test_guidance_of_one_has_trl_s_loss_and_gradient(tmp_path, kind, completion_only):
+    settings = {"completion_only_loss": completion_only}
     ours = soft_sft(tmp_path, train=texts(kind=kind), guidance_alpha=1.0, **settings)
     other = theirs(tmp_path, texts(kind=kind), **settings)
     batch = next(iter(ours.get_train_dataloader()))
