@@ -27,10 +27,11 @@ from softrl.estimators.supervised import PlainOutput, fed_entropy, guided_rollou
 from softrl.estimators.system import Cotangents, ForwardPass
 from softrl.models.freezing import freeze
 from softrl.models.policy import check_policy, evaluation_mode
-from softrl.tokens.guidance import coin_amounts
+from softrl.tokens.guidance import GuidedRelaxation, coin_amounts
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
+from softrl.trainers.batches import IndexedCollator, indexed_rows
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import (
     check_engine,
@@ -263,7 +264,11 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
             )
 
     def _surrogate(self, estimate: Estimate, forward: ForwardPass | None = None) -> SurrogateOutput:
-        return surrogate(self.policy, self.relaxation, estimate, self.terms, self.adjoint_settings, forward)
+        return surrogate(self.policy, self.live_relaxation(), estimate, self.terms, self.adjoint_settings, forward)
+
+    def live_relaxation(self) -> GuidedRelaxation:
+        """What phase 3 differentiates; its base's settings may be tensors, which then get their gradient there."""
+        return self.relaxation
 
     @torch.no_grad()
     def _record(
@@ -371,35 +376,3 @@ class StepOutput:
     entropy: Tensor
     cotangents: Cotangents | None = None
     replay_error: Tensor | None = None
-
-
-@dataclass
-class IndexedCollator:
-    """TRL's collator, and each row's index beside what it makes."""
-
-    collator: Any
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(rows)
-        batch[INDEX_COLUMN] = torch.tensor([row[INDEX_COLUMN] for row in rows])
-        return batch
-
-
-def indexed_rows(dataset: Any, name: str) -> Any:
-    """The data set, or each of several, with its rows' indices, from which their random numbers are keyed.
-
-    Raises:
-        TypeError: not a `datasets.Dataset`.
-    """
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {key: indexed_rows(each, f"{name}[{key!r}]") for key, each in dataset.items()}
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}; a stream has no row indices to key "
-            "random numbers by, so take rows of it first: Dataset.from_list(list(stream.take(n)))"
-        )
-    if INDEX_COLUMN in dataset.column_names:
-        return dataset
-    return dataset.add_column(INDEX_COLUMN, list(range(len(dataset))))
