@@ -12,11 +12,17 @@ it left in `output_dir`, with the same random streams. Prints reward, judge, KL,
 after, with completions; writes before.json and after.json into the run's folder. A run of `--trainer listwise` is
 measured by how it orders the held-out sets of completions; what it writes is shown by any recipe that samples and has
 the same adapter: softrl evaluate --config quickstart --checkpoint FOLDER --output_dir ELSEWHERE. One of `--trainer
-quietstar` by the likelihood of held-out text with and without thoughts.
+quietstar` by the likelihood of held-out text with and without thoughts, and one of `--trainer soft_sft` by that behind
+true tokens and behind the model's own soft ones.
 
   --checkpoint FOLDER  another folder with a model or an adapter; "latest" for the run's last checkpoint
   --key value          any key of `softrl train`
 """
+
+_TABLES = {  # trainers of texts, and what an evaluation of theirs shows
+    "quietstar": ("nll", "base_nll", "gain", "nll_hard", "base_nll_hard", "accuracy", "base_accuracy", "mixing"),
+    "soft_sft": ("hard_nll", "soft_nll", "nll_gap", "entropy", "soft_entropy", "fed_entropy"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -53,8 +59,8 @@ def _evaluate(argv: list[str]) -> int:
     trainer = build_trainer(arguments, training_args, model_args)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    if arguments.trainer == "quietstar":
-        return _evaluate_thoughts(trainer, folder)
+    if arguments.trainer in _TABLES:
+        return _evaluate_texts(trainer, folder, arguments.trainer)
     measure, report = evaluated, print_report
     if arguments.trainer in WITHOUT_REWARDS:
         measure, report = _ordered, print_ranked_report
@@ -67,20 +73,23 @@ def _evaluate(argv: list[str]) -> int:
     return 0
 
 
-def _evaluate_thoughts(trainer: Any, folder: Path) -> int:
-    """What the tokens of held-out text cost with and without thoughts, as training began and after it."""
+def _evaluate_texts(trainer: Any, folder: Path, name: str) -> int:
+    """What the tokens of held-out text cost with what the trainer adds and without, as training began and after it."""
     from rich.console import Console
     from rich.table import Table
 
-    print(f"thinking about {len(trainer.eval_dataset)} held-out texts as training began ...", flush=True)
+    print(f"reading {len(trainer.eval_dataset)} held-out texts as training began ...", flush=True)
     before = trainer.evaluate()
-    trainer.load_thinking(folder)
+    if name == "quietstar":
+        trainer.load_thinking(folder)
+    else:
+        load_trained(trainer, folder)
     print(f"and as {folder} does ...", flush=True)
     after = trainer.evaluate()
     table = Table("", "before", "after", title=f"{len(trainer.eval_dataset)} held-out texts, nats a token")
-    for name in ("nll", "base_nll", "gain", "nll_hard", "base_nll_hard", "accuracy", "base_accuracy", "mixing"):
-        if f"eval_{name}" in after:
-            table.add_row(name, *(f"{metrics[f'eval_{name}']:.4f}" for metrics in (before, after)))
+    for row in _TABLES[name]:
+        if f"eval_{row}" in after:
+            table.add_row(row, *(f"{metrics[f'eval_{row}']:.4f}" for metrics in (before, after)))
     Console().print(table)
     return 0
 

@@ -137,7 +137,7 @@ def load_samples(path: Path) -> list[Sample]:
 def plot_run(log_history: list[dict[str, float]], folder: Path) -> list[Path]:
     """`curves.png` and, where adjoint norms were logged, `adjoint.png`; nothing for a run without a logged step."""
     written = []
-    if any({"reward/hard", "rewards/margins", "base_nll"} & row.keys() for row in log_history):
+    if any({"reward/hard", "rewards/margins", "base_nll", "guided_nll"} & row.keys() for row in log_history):
         written.append(folder / "curves.png")
         plot_training(log_history, written[-1])
     norms = adjoint_norms(log_history)
@@ -180,6 +180,12 @@ _PANELS = (
         "nll": "after thoughts", "base_nll": "without", "eval_nll": "after thoughts, held out",
         "eval_base_nll": "without, held out",
     }),
+    ("NLL of true tokens, nats, behind", {
+        "guided_nll": "what is fed, training", "eval_soft_nll": "own soft tokens, held out",
+        "eval_hard_nll": "true tokens, held out",
+    }),
+    ("entropy of what is fed, nats", {"fed_entropy": "training", "eval_fed_entropy": "unguided, held out"}),
+    ("share of the true token", {"guidance_alpha": "guidance", "true_token_probability": "probability"}),
     ("weight of thoughts", {"mixing": "training", "eval_mixing": "held out"}),
     ("log-probability of a thought token, nats", {"thought_log_prob": "thoughts"}),
     ("seconds a step", {

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softrl.data.prompts import Prompt, is_conversation, prompt_ids
+from softrl.data.texts import INDEX_COLUMN as TEXT_INDEX
 from softrl.masking import is_any_of
 from softrl.types import Prompts
 
@@ -140,3 +141,35 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> 
     """Texts of token ids [N, T] where the mask is True, without special tokens."""
     rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+@dataclass
+class IndexedCollator:
+    """TRL's collator, and each row's index beside what it makes."""
+
+    collator: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        batch[TEXT_INDEX] = torch.tensor([row[TEXT_INDEX] for row in rows])
+        return batch
+
+
+def indexed_rows(dataset: Any, name: str) -> Any:
+    """The data set, or each of several, with its rows' indices, from which their random numbers are keyed.
+
+    Raises:
+        TypeError: not a `datasets.Dataset`.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {key: indexed_rows(each, f"{name}[{key!r}]") for key, each in dataset.items()}
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}; a stream has no row indices to key "
+            "random numbers by, so take rows of it first: Dataset.from_list(list(stream.take(n)))"
+        )
+    if TEXT_INDEX in dataset.column_names:
+        return dataset
+    return dataset.add_column(TEXT_INDEX, list(range(len(dataset))))

@@ -27,7 +27,8 @@ class SoftSFTConfig(SoftTokenArguments, SFTConfig):
     Parameters:
         guidance (`str`, *optional*, defaults to `"mix"`):
             How the true token is fed beside the model's own soft one: `"mix"` feeds `α e_true + (1 − α) e_soft`,
-            `"floor"` lifts the true token's weight to at least α.
+            `"floor"` lifts the true token's weight to at least α. An entropy bound is on the model's own soft token;
+            a true one beside it may raise the entropy of what is fed above it.
         guidance_alpha (`float` or `str`, *optional*, defaults to `"linear:1.0->0.5"`):
             α in [0, 1]; a number, a schedule over the run, or values by epoch such as `"epochs:1.0,0.7,0.5"`. 1 is
             teacher forcing, 0 feeds the model its own soft tokens only.

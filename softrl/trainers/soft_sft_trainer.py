@@ -31,6 +31,7 @@ from softrl.tokens.guidance import GuidedRelaxation, coin_amounts
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
+from softrl.trainers.batches import IndexedCollator, indexed_rows
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import (
     check_engine,
@@ -263,7 +264,11 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
             )
 
     def _surrogate(self, estimate: Estimate, forward: ForwardPass | None = None) -> SurrogateOutput:
-        return surrogate(self.policy, self.relaxation, estimate, self.terms, self.adjoint_settings, forward)
+        return surrogate(self.policy, self.live_relaxation(), estimate, self.terms, self.adjoint_settings, forward)
+
+    def live_relaxation(self) -> GuidedRelaxation:
+        """What phase 3 differentiates; its base's settings may be tensors, which then get their gradient there."""
+        return self.relaxation
 
     @torch.no_grad()
     def _record(
@@ -275,7 +280,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         scheduled: dict[str, float],
     ) -> None:
         counted = texts.counted
-        numbers = {"nll": -output.log_probs, "entropy": output.entropy}
+        numbers = {"guided_nll": -output.log_probs, "entropy": output.entropy}
         if rollout is not None:
             assert rollout.support.guidance is not None
             numbers |= {"fed_entropy": fed_entropy(rollout), "true_tokens": rollout.support.guidance == 1.0}
@@ -357,8 +362,9 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
             from softrl.generation.soft_settings import Phase, SoftDecoding, save_soft_decoding
         except ModuleNotFoundError:  # until soft generation is merged
             return
-        settings = SoftDecoding(Phase(self.relaxation.base), norm_correction=self.policy.norm_correction)
-        save_soft_decoding(settings, folder)
+        last = max(self.state.global_step - 1, 0)
+        relaxation = self.args.make_relaxation(last, max(self.state.max_steps, 1))
+        save_soft_decoding(SoftDecoding(Phase(relaxation), norm_correction=self.policy.norm_correction), folder)
 
 
 @dataclass(frozen=True)
@@ -370,35 +376,3 @@ class StepOutput:
     entropy: Tensor
     cotangents: Cotangents | None = None
     replay_error: Tensor | None = None
-
-
-@dataclass
-class IndexedCollator:
-    """TRL's collator, and each row's index beside what it makes."""
-
-    collator: Any
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(rows)
-        batch[INDEX_COLUMN] = torch.tensor([row[INDEX_COLUMN] for row in rows])
-        return batch
-
-
-def indexed_rows(dataset: Any, name: str) -> Any:
-    """The data set, or each of several, with its rows' indices, from which their random numbers are keyed.
-
-    Raises:
-        TypeError: not a `datasets.Dataset`.
-    """
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {key: indexed_rows(each, f"{name}[{key!r}]") for key, each in dataset.items()}
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}; a stream has no row indices to key "
-            "random numbers by, so take rows of it first: Dataset.from_list(list(stream.take(n)))"
-        )
-    if INDEX_COLUMN in dataset.column_names:
-        return dataset
-    return dataset.add_column(INDEX_COLUMN, list(range(len(dataset))))

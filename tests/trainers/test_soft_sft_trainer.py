@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from softrl.estimators.supervised import plain_pass
 from softrl.objectives.token_terms import DirectTerms
+from softrl.tokens.truncation import Truncation
 from softrl.trainers import SoftSFTConfig
 
 pytestmark = pytest.mark.slow  # imports trl
@@ -32,9 +33,12 @@ def loss_and_gradient(trainer, batch, **more):
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, {"completion_only_loss": False}], ids=["default", "whole texts"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_guidance_of_one_has_trl_s_loss_and_gradient(tmp_path, kind, settings):
+PARITY = [(kind, None) for kind in KINDS] + [("prompt", False), ("conversation", False), ("ids", True)]
+
+
+@pytest.mark.parametrize(("kind", "completion_only"), PARITY)
+def test_guidance_of_one_has_trl_s_loss_and_gradient(tmp_path, kind, completion_only):
+    settings = {"completion_only_loss": completion_only}
     ours = soft_sft(tmp_path, train=texts(kind=kind), guidance_alpha=1.0, **settings)
     other = theirs(tmp_path, texts(kind=kind), **settings)
     batch = next(iter(ours.get_train_dataloader()))
@@ -88,7 +92,7 @@ def test_every_method_trains_and_parts_of_a_step_are_the_step(tmp_path, settings
     assert (parameters_of(whole) - start).norm() > 1e-3
     logged = numbers_of(whole)[0]
     penalty = settings.get("entropy_penalty", 0.0)
-    assert logged["loss"] == pytest.approx(logged["nll"] + penalty * logged["entropy"], rel=1e-5)
+    assert logged["loss"] == pytest.approx(logged["guided_nll"] + penalty * logged["entropy"], rel=1e-5)
     assert {"guidance_alpha", "fed_entropy", "true_tokens", "num_tokens"} <= logged.keys()
     assert ("adjoint/norm" in logged) == (settings.get("hops") != 0)
     assert logged["rollout/replay_error"] < 1e-6 if "adjoint/norm" in logged else True
@@ -262,6 +266,22 @@ def test_streams_and_too_many_kept_ids_are_refused(tmp_path):
         soft_sft(tmp_path, train=texts().to_iterable_dataset())
     with pytest.raises(ValueError, match="top_k=99 is larger than the vocabulary"):
         soft_sft(tmp_path, top_k=99)
+
+
+def test_with_the_model_goes_how_it_is_to_be_decoded(tmp_path):
+    settings = pytest.importorskip("softrl.generation.soft_settings")
+    trainer = soft_sft(
+        tmp_path, relaxation="gumbel_softmax", top_k="linear:9->5", norm_correction="match",
+        save_strategy="steps", save_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        loaded = settings.load_soft_decoding(folder)
+        relaxation = loaded.thinking.relaxation
+        assert relaxation.name == "gumbel_softmax"
+        assert relaxation.truncation == Truncation(6, min_p=0.02)  # of the last of three steps
+        assert loaded.norm_correction == "match"
 
 
 def test_guidance_of_one_needs_no_rollout(tmp_path):
