@@ -45,7 +45,8 @@ class Settings:
     """What an answer depends on; a folder of results belongs to one such.
 
     Args:
-        model: name or folder, as the results are labelled.
+        model, base: names or folders, as the results are labelled; the base scores what the model writes, None for the
+            model itself.
         items: questions, see `exact_answers` for the fields behind it.
         top_k, max_entropy_nats: of the mixtures; None for no bound.
         temperature: of the samples of self-consistency; the default is that of its paper.
@@ -63,13 +64,15 @@ class Settings:
     max_entropy_nats: float | None = None
     temperature: float = 0.7
     seed: int = 0
+    base: str | None = None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and its questions."""
+    """A model, the base that scores its text, and the questions."""
 
     policy: Policy
+    base: Policy
     tokenizer: PreTrainedTokenizerBase
     settings: Settings
 
@@ -193,7 +196,7 @@ def answer(bench: Bench, method: str, width: int, batch_size: int, on_batch: Cal
         rows = [{**row, INDEX_COLUMN: start + index} for index, row in enumerate(some)]
         prompts = prompt_batch(rows, bench.tokenizer, 1, None, device).prompts
         found = METHODS[method](Batch(bench, prompts, rows, num_steps), width)
-        nll = per_sequence_sum(hard_nll(bench.policy, found), found.mask)
+        nll = per_sequence_sum(hard_nll(bench.base, found), found.mask)
         texts = decode(bench.tokenizer, found.tokens, found.mask)
         for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
             right = extract_answer(text, row["kind"]) == row["answer"]
@@ -213,8 +216,10 @@ def run(bench: Bench, methods: Sequence[str], widths: Sequence[int], batch_size:
         batch_size: questions at a time.
         folder: keeps every finished method's answers; a rerun with the same one goes on.
     Raises:
-        ValueError: an unknown method, a width below 1, or a folder with answers under other settings.
+        ValueError: an unknown method, a number below 1, or a folder with answers under other settings.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     wanted = _wanted(methods, widths)
     missing = [each for each in wanted if not _path(folder, *each).is_file()]
     for each in wanted:
@@ -238,6 +243,8 @@ def _wanted(methods: Sequence[str], widths: Sequence[int]) -> list[tuple[str, in
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"methods must be of {tuple(METHODS)}, got {unknown}")
+    if not methods:
+        raise ValueError(f"methods: name one or more of {tuple(METHODS)}")
     if any(width < 1 for width in widths) or not widths:
         raise ValueError(f"widths must be 1 or more, got {list(widths)}")
     names = [name for name in METHODS if name in methods or name == "greedy"]

@@ -18,8 +18,9 @@ _Z = 1.959964  # of a 95% interval
 
 @dataclass(frozen=True)
 class Item:
-    """An answer: what was written, whether it is right, and its price. NLL in nats of all its tokens, under hard ones
-    and at temperature 1.
+    """An answer: what was written, whether it is right, and its price.
+
+    `nll_nats` is of all its tokens under the base model, which reads hard ones, at temperature 1.
     """
 
     kind: str
@@ -40,8 +41,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class Row:
-    """A method on the questions of a kind, or on all. Intervals are of 95%: Wilson's of the accuracy, a bootstrap over
-    questions of the difference to greedy on the same ones. `nll_nats` is a token's, under the model itself.
+    """A method on the questions of a kind, or on all.
+
+    Intervals are of 95%: Wilson's of the accuracy, a bootstrap over questions of the difference to greedy on the same
+    ones. `forward_tokens` is a question's mean, `nll_nats` a token's, under the base model.
     """
 
     method: str
@@ -105,7 +108,7 @@ def print_table(rows: list[Row], what: str) -> None:
     title = f"{what}; 95% intervals; passes: tokens fed behind the prompt"
     kinds = [kind for kind in dict.fromkeys(row.kind for row in rows) if kind != "all"]
     table = Table("method", title=title, title_justify="left")
-    for column in ("passes", "right", "less greedy", "NLL a token", "seconds", *kinds):
+    for column in ("passes", "right", "less greedy", "base NLL a token", "seconds", *kinds):
         table.add_column(column, justify="right")
     for row in (row for row in rows if row.kind == "all"):
         of_kinds = {each.kind: each for each in rows if (each.method, each.width) == (row.method, row.width)}
