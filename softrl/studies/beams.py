@@ -188,22 +188,24 @@ METHODS: dict[str, Callable[[Batch, int], Found]] = {
 
 @torch.no_grad()
 def answer(bench: Bench, method: str, width: int, batch_size: int, on_batch: Callable[[int], Any]) -> list[Item]:
-    """All questions by one method; `on_batch` is told how many have been answered since."""
-    num_steps, device = bench.max_new_tokens, next(bench.policy.model.parameters()).device
-    items: list[Item] = []
-    for start in range(0, len(bench.questions), batch_size):
-        some = bench.questions.select(range(start, min(start + batch_size, len(bench.questions))))
-        rows = [{**row, INDEX_COLUMN: start + index} for index, row in enumerate(some)]
+    """All questions by one method, in their order; `on_batch` is told how many have been answered since."""
+    device = next(bench.policy.model.parameters()).device
+    # Questions of equal lengths together, which pads least.
+    lengths = [len(ids) for ids in bench.tokenizer(list(bench.questions["prompt"])).input_ids]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    items: dict[int, Item] = {}
+    for start in range(0, len(order), batch_size):
+        rows = [{**bench.questions[index], INDEX_COLUMN: index} for index in order[start : start + batch_size]]
         prompts = prompt_batch(rows, bench.tokenizer, 1, None, device).prompts
-        found = METHODS[method](Batch(bench, prompts, rows, num_steps), width)
+        found = METHODS[method](Batch(bench, prompts, rows, bench.max_new_tokens), width)
         nll = per_sequence_sum(hard_nll(bench.base, found), found.mask)
         texts = decode(bench.tokenizer, found.tokens, found.mask)
-        for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
             right = extract_answer(text, row["kind"]) == row["answer"]
-            price, length = int(found.forward_tokens[index]), int(found.mask[index].sum())
-            items.append(Item(row["kind"], text, right, price, length, nll[index].item()))
+            price, length = int(found.forward_tokens[place]), int(found.mask[place].sum())
+            items[row[INDEX_COLUMN]] = Item(row["kind"], text, right, price, length, nll[place].item())
         on_batch(len(rows))
-    return items
+    return [items[index] for index in sorted(items)]
 
 
 def run(bench: Bench, methods: Sequence[str], widths: Sequence[int], batch_size: int, folder: Path) -> list[Row]:

@@ -10,7 +10,6 @@ from helpers import gpt2
 from trainers.tiny import word_tokenizer
 
 from softrl.cli import study
-from softrl.data.exact_answers import extract_answer
 from softrl.models.policy import Policy
 from softrl.studies import beams
 from softrl.studies.beams import METHODS, Bench, Settings, run
@@ -106,13 +105,18 @@ def test_answers_do_not_depend_on_batches_and_prices_are_equal(tmp_path):
 
 def test_what_is_right(monkeypatch):
     """Answers are judged by the extractor: a decoder that writes the answers is right about them all."""
-    bench = bench_of(items=4)
-    said = iter([row["completion"] + "\nand more 7" for row in bench.questions])
-    monkeypatch.setattr(beams, "decode", lambda tokenizer, tokens, mask: [next(said) for _ in range(len(tokens))])
+    bench = bench_of(items=5)
+    asked = []
+    read = beams.prompt_batch
+    monkeypatch.setattr(beams, "prompt_batch", lambda rows, *rest: asked.append(rows) or read(rows, *rest))
+    wrong = bench.questions["answer"][3]
+    monkeypatch.setattr(
+        beams, "decode", lambda *_: [" 9 no" if r["answer"] == wrong else f" {r['answer']}\nand 7" for r in asked[-1]]
+    )
     items = beams.answer(bench, "greedy", 1, 2, lambda count: None)
-    assert all(item.right for item in items)
-    assert [item.text.splitlines()[0].strip() for item in items] == list(bench.questions["answer"])
-    assert extract_answer(items[0].text, "copying") != bench.questions["answer"][0]
+    assert [item.right for item in items] == [True, True, True, False, True]
+    assert [item.kind for item in items] == list(bench.questions["kind"])
+    assert [item.text.splitlines()[0].strip() for item in items][:3] == list(bench.questions["answer"])[:3]
 
 
 @pytest.mark.parametrize(
