@@ -128,13 +128,7 @@ def _found(rollout: HardRollout) -> Found:
 def _greedy(batch: Batch, width: int) -> Found:
     bench = batch.bench
     rollout = hard_rollout(
-        bench.policy,
-        batch.prompts,
-        Truncation(1),
-        batch.no_random,
-        batch.num_steps,
-        eos_ids=bench.eos_ids,
-        greedy=True,
+        bench.policy, batch.prompts, Truncation(1), batch.no_random, batch.num_steps, 1, bench.eos_ids, greedy=True
     )
     return _found(rollout)
 
@@ -166,10 +160,8 @@ def _collapsing_beam(batch: Batch, width: int) -> Found:
 
 def _self_consistency(batch: Batch, width: int) -> Found:
     bench = batch.bench
-    policy, indices = (
-        bench.policy.at_temperature(bench.settings.temperature),
-        [row[INDEX_COLUMN] for row in batch.rows],
-    )
+    policy = bench.policy.at_temperature(bench.settings.temperature)
+    indices = [row[INDEX_COLUMN] for row in batch.rows]
     return self_consistency(
         policy, batch.prompts, batch.num_steps, batch.answer_of, width, eos_ids=bench.eos_ids,
         seed=bench.settings.seed, prompt_indices=indices,
