@@ -52,6 +52,7 @@ def _add_soft_decoding(decoding: argparse.ArgumentParser) -> None:
 
 def _add_beams(beams: argparse.ArgumentParser) -> None:
     beams.add_argument("--model", default="smollm2-135m", help="model name or folder (smollm2-135m)")
+    beams.add_argument("--base", help="model that scores what is written (the model itself)")
     beams.add_argument("--items", type=int, default=200, help="questions (200)")
     beams.add_argument("--kinds", nargs="+", help="also subtraction (addition copying reversal)")
     beams.add_argument("--digits", type=int, help="of both numbers of a sum or difference (2)")
@@ -78,16 +79,21 @@ def _beams(given: argparse.Namespace) -> int:
     from softrl.studies.beams import METHODS, Bench, Settings, run
 
     counts = {f"num_{name}": getattr(given, name) for name in ("digits", "copied", "reversed", "examples")}
-    wanted = counts | {name: getattr(given, name) for name in ("top_k", "max_entropy_nats", "temperature", "seed")}
+    others = ("base", "top_k", "max_entropy_nats", "temperature", "seed")
+    wanted = counts | {name: getattr(given, name) for name in others}
     wanted["kinds"] = tuple(given.kinds) if given.kinds else None
     settings = Settings(given.model, given.items, **{key: value for key, value in wanted.items() if value is not None})
+
+    def loaded(name: str) -> Policy:
+        return Policy(AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype="float32"))
+
     try:
-        folder = resolve_model(given.model)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        policy = loaded(given.model)
+        base = policy if given.base is None else loaded(given.base)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(given.model), padding_side="left")
     except OSError as error:
-        raise ValueError(f"--model {given.model}: {str(error).splitlines()[0]}") from error
-    bench = Bench(Policy(model), tokenizer, settings)
+        raise ValueError(f"--model or --base: {str(error).splitlines()[0]}") from error
+    bench = Bench(policy, base, tokenizer, settings)
     run(bench, given.methods or list(METHODS), given.widths, given.batch_size, given.output_dir)
     print(f"Written to {given.output_dir}: rows.csv, accuracy.png and all answers.")
     return 0

@@ -45,7 +45,8 @@ class Settings:
     """What an answer depends on; a folder of results belongs to one such.
 
     Args:
-        model: name or folder, as the results are labelled.
+        model, base: names or folders, as the results are labelled; the base scores what the model writes, None for the
+            model itself.
         items: questions, see `exact_answers` for the fields behind it.
         top_k, max_entropy_nats: of the mixtures; None for no bound.
         temperature: of the samples of self-consistency; the default is that of its paper.
@@ -63,13 +64,15 @@ class Settings:
     max_entropy_nats: float | None = None
     temperature: float = 0.7
     seed: int = 0
+    base: str | None = None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and its questions."""
+    """A model, the base that scores its text, and the questions."""
 
     policy: Policy
+    base: Policy
     tokenizer: PreTrainedTokenizerBase
     settings: Settings
 
@@ -125,13 +128,7 @@ def _found(rollout: HardRollout) -> Found:
 def _greedy(batch: Batch, width: int) -> Found:
     bench = batch.bench
     rollout = hard_rollout(
-        bench.policy,
-        batch.prompts,
-        Truncation(1),
-        batch.no_random,
-        batch.num_steps,
-        eos_ids=bench.eos_ids,
-        greedy=True,
+        bench.policy, batch.prompts, Truncation(1), batch.no_random, batch.num_steps, 1, bench.eos_ids, greedy=True
     )
     return _found(rollout)
 
@@ -163,10 +160,8 @@ def _collapsing_beam(batch: Batch, width: int) -> Found:
 
 def _self_consistency(batch: Batch, width: int) -> Found:
     bench = batch.bench
-    policy, indices = (
-        bench.policy.at_temperature(bench.settings.temperature),
-        [row[INDEX_COLUMN] for row in batch.rows],
-    )
+    policy = bench.policy.at_temperature(bench.settings.temperature)
+    indices = [row[INDEX_COLUMN] for row in batch.rows]
     return self_consistency(
         policy, batch.prompts, batch.num_steps, batch.answer_of, width, eos_ids=bench.eos_ids,
         seed=bench.settings.seed, prompt_indices=indices,
@@ -185,22 +180,24 @@ METHODS: dict[str, Callable[[Batch, int], Found]] = {
 
 @torch.no_grad()
 def answer(bench: Bench, method: str, width: int, batch_size: int, on_batch: Callable[[int], Any]) -> list[Item]:
-    """All questions by one method; `on_batch` is told how many have been answered since."""
-    num_steps, device = bench.max_new_tokens, next(bench.policy.model.parameters()).device
-    items: list[Item] = []
-    for start in range(0, len(bench.questions), batch_size):
-        some = bench.questions.select(range(start, min(start + batch_size, len(bench.questions))))
-        rows = [{**row, INDEX_COLUMN: start + index} for index, row in enumerate(some)]
+    """All questions by one method, in their order; `on_batch` is told how many have been answered since."""
+    device = next(bench.policy.model.parameters()).device
+    # Questions of equal lengths together, which pads least.
+    lengths = [len(ids) for ids in bench.tokenizer(list(bench.questions["prompt"])).input_ids]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    items: dict[int, Item] = {}
+    for start in range(0, len(order), batch_size):
+        rows = [{**bench.questions[index], INDEX_COLUMN: index} for index in order[start : start + batch_size]]
         prompts = prompt_batch(rows, bench.tokenizer, 1, None, device).prompts
-        found = METHODS[method](Batch(bench, prompts, rows, num_steps), width)
-        nll = per_sequence_sum(hard_nll(bench.policy, found), found.mask)
+        found = METHODS[method](Batch(bench, prompts, rows, bench.max_new_tokens), width)
+        nll = per_sequence_sum(hard_nll(bench.base, found), found.mask)
         texts = decode(bench.tokenizer, found.tokens, found.mask)
-        for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
             right = extract_answer(text, row["kind"]) == row["answer"]
-            price, length = int(found.forward_tokens[index]), int(found.mask[index].sum())
-            items.append(Item(row["kind"], text, right, price, length, nll[index].item()))
+            price, length = int(found.forward_tokens[place]), int(found.mask[place].sum())
+            items[row[INDEX_COLUMN]] = Item(row["kind"], text, right, price, length, nll[place].item())
         on_batch(len(rows))
-    return items
+    return [items[index] for index in sorted(items)]
 
 
 def run(bench: Bench, methods: Sequence[str], widths: Sequence[int], batch_size: int, folder: Path) -> list[Row]:
@@ -213,8 +210,10 @@ def run(bench: Bench, methods: Sequence[str], widths: Sequence[int], batch_size:
         batch_size: questions at a time.
         folder: keeps every finished method's answers; a rerun with the same one goes on.
     Raises:
-        ValueError: an unknown method, a width below 1, or a folder with answers under other settings.
+        ValueError: an unknown method, a number below 1, or a folder with answers under other settings.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     wanted = _wanted(methods, widths)
     missing = [each for each in wanted if not _path(folder, *each).is_file()]
     for each in wanted:
@@ -238,6 +237,8 @@ def _wanted(methods: Sequence[str], widths: Sequence[int]) -> list[tuple[str, in
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"methods must be of {tuple(METHODS)}, got {unknown}")
+    if not methods:
+        raise ValueError(f"methods: name one or more of {tuple(METHODS)}")
     if any(width < 1 for width in widths) or not widths:
         raise ValueError(f"widths must be 1 or more, got {list(widths)}")
     names = [name for name in METHODS if name in methods or name == "greedy"]

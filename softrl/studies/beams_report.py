@@ -18,8 +18,9 @@ _Z = 1.959964  # of a 95% interval
 
 @dataclass(frozen=True)
 class Item:
-    """An answer: what was written, whether it is right, and its price. NLL in nats of all its tokens, under hard ones
-    and at temperature 1.
+    """An answer: what was written, whether it is right, and its price.
+
+    `nll_nats` is of all its tokens under the base model, which reads hard ones, at temperature 1.
     """
 
     kind: str
@@ -40,8 +41,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class Row:
-    """A method on the questions of a kind, or on all. Intervals are of 95%: Wilson's of the accuracy, a bootstrap over
-    questions of the difference to greedy on the same ones. `nll_nats` is a token's, under the model itself.
+    """A method on the questions of a kind, or on all.
+
+    Intervals are of 95%: Wilson's of the accuracy, a bootstrap over questions of the difference to greedy on the same
+    ones. `forward_tokens` is a question's mean, `nll_nats` a token's, under the base model.
     """
 
     method: str
@@ -104,18 +107,20 @@ def print_table(rows: list[Row], what: str) -> None:
     """All questions, and the accuracy on each kind."""
     title = f"{what}; 95% intervals; passes: tokens fed behind the prompt"
     kinds = [kind for kind in dict.fromkeys(row.kind for row in rows) if kind != "all"]
-    table = Table("method", title=title, title_justify="left")
-    for column in ("passes", "right", "less greedy", "NLL a token", "seconds", *kinds):
-        table.add_column(column, justify="right")
+    table = Table(title=title, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for column in ("passes", "right", "less greedy", "base NLL a token", "seconds", *kinds):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in (row for row in rows if row.kind == "all"):
         of_kinds = {each.kind: each for each in rows if (each.method, each.width) == (row.method, row.width)}
+        change = f"{row.difference:+.3f} ({row.difference_low:+.3f} to {row.difference_high:+.3f})"
         table.add_row(
             label(row.method, row.width), f"{row.forward_tokens:.1f}",
             f"{row.accuracy:.3f} ({row.accuracy_low:.3f} to {row.accuracy_high:.3f})",
-            f"{row.difference:+.3f} ({row.difference_low:+.3f} to {row.difference_high:+.3f})",
+            "" if row.method == "greedy" else change,
             f"{row.nll_nats:.3f}", f"{row.seconds:.0f}", *(f"{of_kinds[kind].accuracy:.2f}" for kind in kinds),
         )  # fmt: skip
-    Console(width=max(Console().width, 130)).print(table)
+    Console(width=max(Console().width, 150)).print(table)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -128,23 +133,32 @@ def plot(rows: list[Row], path: Path) -> None:
     rows = [row for row in rows if row.kind == "all"]
     names = list(dict.fromkeys(row.method for row in rows))
     colours = dict(zip(names, matplotlib.colormaps["tab10"].colors, strict=False))
+    markers = dict(zip(names, "osD^vP", strict=False))
     figure, (price, change) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for place, name in enumerate(names):
         own = [row for row in rows if row.method == name]
-        across = [row.forward_tokens * 1.012 ** (place - len(names) / 2) for row in own]  # side by side, not on top
+        across = [row.forward_tokens * 1.03 ** (place - len(names) / 2) for row in own]  # side by side, not on top
         bars = [[row.accuracy - row.accuracy_low for row in own], [row.accuracy_high - row.accuracy for row in own]]
         price.errorbar(
-            across, [row.accuracy for row in own], bars, marker="o", capsize=3, label=name, color=colours[name]
+            across,
+            [row.accuracy for row in own],
+            bars,
+            marker=markers[name],
+            capsize=3,
+            label=name,
+            color=colours[name],
         )
     price.set_xscale("log", base=2)
     price.xaxis.set_major_formatter("{x:g}")
-    price.set_xlabel("tokens fed behind the prompt, mean of a question")
+    price.set_xlabel("tokens fed behind the prompt, mean of a question (set apart a little)")
     price.set_ylabel("share of right answers, 95% interval")
     price.legend(fontsize="small")
     others = [row for row in rows if row.method != "greedy"][::-1]
     for height, row in enumerate(others):
         bars = [[row.difference - row.difference_low], [row.difference_high - row.difference]]
-        change.errorbar([row.difference], [height], xerr=bars, marker="o", capsize=3, color=colours[row.method])
+        change.errorbar(
+            [row.difference], [height], xerr=bars, marker=markers[row.method], capsize=3, color=colours[row.method]
+        )
     change.set_yticks(range(len(others)), [label(row.method, row.width) for row in others])
     change.axvline(0.0, color="grey", linewidth=0.8)
     change.set_xlabel("right answers less greedy's on the same questions, 95% interval")

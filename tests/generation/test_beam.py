@@ -47,26 +47,27 @@ def generated(model, batch, settings, num_return, eos_ids):
     [(3, 1.0, False), (4, 1.0, True), (2, 0.0, "never"), (3, 2.0, "never"), (5, -0.5, False), (3, 2.0, True)],
 )
 def test_same_texts_as_transformers(name, eos_ids, num_beams, length_penalty, early_stopping):
-    model = MODELS[name](seed=3)
-    settings = BeamSettings(num_beams, length_penalty, early_stopping)
-    batch = prompts(5)
-    expected, scores = generated(model, batch, settings, 2, eos_ids)
-    found = beam_search(Policy(model), batch, T, settings, 2, eos_ids)
-    assert texts_of(found) == expected
-    torch.testing.assert_close(found.scores.float(), scores, rtol=1e-4, atol=1e-4)
-    lengths = found.mask.sum(-1)
-    penalised = found.log_probs / lengths.double() ** length_penalty
-    torch.testing.assert_close(found.scores, penalised, rtol=1e-12, atol=1e-12)
+    settings, batch = BeamSettings(num_beams, length_penalty, early_stopping), prompts(5)
+    for seed in (1, 3):
+        model = MODELS[name](seed)
+        expected, scores = generated(model, batch, settings, 2, eos_ids)
+        found = beam_search(Policy(model), batch, T, settings, 2, eos_ids)
+        assert texts_of(found) == expected
+        torch.testing.assert_close(found.scores.float(), scores, rtol=1e-4, atol=1e-4)
+        penalised = found.log_probs / found.mask.sum(-1).double() ** length_penalty
+        torch.testing.assert_close(found.scores, penalised, rtol=1e-12, atol=1e-12)
 
 
-def test_the_comparison_sees_texts_that_end_early_and_late():
-    lengths = {
-        len(text)
-        for name in MODELS
-        for text in texts_of(beam_search(Policy(MODELS[name](seed=3)), prompts(5), T, num_return=2, eos_ids=ENDS))
-    }
-    assert len(lengths) > 2
-    assert T in lengths
+@pytest.mark.parametrize("name", MODELS)
+def test_the_comparison_sees_the_rules_and_texts_of_several_lengths(name):
+    policy = Policy(MODELS[name](1))
+    found = [
+        texts_of(beam_search(policy, prompts(5), T, BeamSettings(3, 2.0, rule), 2, ENDS))
+        for rule in (False, True, "never")
+    ]
+    assert found[0] not in found[1:]
+    assert found[1] != found[2]
+    assert len({len(text) for texts in found for text in texts}) > 2
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,7 +9,7 @@ import pytest
 from helpers import gpt2
 from trainers.tiny import word_tokenizer
 
-from softrl.data.exact_answers import extract_answer
+from softrl.cli import study
 from softrl.models.policy import Policy
 from softrl.studies import beams
 from softrl.studies.beams import METHODS, Bench, Settings, run
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow  # trl, by the trainers' way to read prompts
 def bench_of(**settings):
     """A tiny model that has never seen a number: nothing it says is right, and all of it is counted."""
     defaults = {"items": 10, "kinds": ("addition", "reversal"), "num_examples": 1, "top_k": 6}
-    return Bench(Policy(gpt2()), word_tokenizer(), Settings("tiny", **{**defaults, **settings}))
+    policy = Policy(gpt2())
+    return Bench(policy, policy, word_tokenizer(), Settings("tiny", **{**defaults, **settings}))
 
 
 def test_a_run_and_one_that_goes_on(tmp_path, monkeypatch, capsys):
@@ -62,6 +63,32 @@ def test_other_settings_are_refused(tmp_path):
         run(bench_of(), ["best"], [2], 5, tmp_path)
     with pytest.raises(ValueError, match="widths must be 1 or more"):
         run(bench_of(), ["beam"], [0], 5, tmp_path)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        run(bench_of(), ["beam"], [2], 0, tmp_path)
+
+
+def test_the_command(tmp_path, capsys):
+    for name, seed in (("model", 0), ("base", 1)):
+        gpt2(seed).save_pretrained(tmp_path / name)
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    output = tmp_path / "runs" / "beams"
+    wanted = ["beams", "--model", str(tmp_path / "model"), "--items", "6", "--digits", "1", "--examples", "1"]
+    wanted += ["--widths", "2", "--methods", "soft beam", "--top_k", "5", "--output_dir", str(output)]
+    assert study.main(wanted) == 0
+    with (output / "rows.csv").open() as file:
+        before = list(csv.DictReader(file))
+    assert {row["method"] for row in before} == {"greedy", "soft beam"}
+    assert {row["kind"] for row in before} == {"all", "addition", "copying", "reversal"}
+    assert study.main([*wanted, "--base", str(tmp_path / "base")]) == 1
+    assert "made with other settings (base: None, now" in capsys.readouterr().err
+    wanted[-1] += "-scored"
+    assert study.main([*wanted, "--base", str(tmp_path / "base")]) == 0
+    with (tmp_path / "runs" / "beams-scored" / "rows.csv").open() as file:
+        scored = list(csv.DictReader(file))
+    assert [row["accuracy"] for row in scored] == [row["accuracy"] for row in before]
+    assert all(a["nll_nats"] != b["nll_nats"] for a, b in zip(scored, before, strict=True))
+    assert study.main(["beams", "--model", str(tmp_path / "none")]) == 1
+    assert "--model or --base:" in capsys.readouterr().err
 
 
 def test_answers_do_not_depend_on_batches_and_prices_are_equal(tmp_path):
@@ -78,13 +105,18 @@ def test_answers_do_not_depend_on_batches_and_prices_are_equal(tmp_path):
 
 def test_what_is_right(monkeypatch):
     """Answers are judged by the extractor: a decoder that writes the answers is right about them all."""
-    bench = bench_of(items=4)
-    said = iter([row["completion"] + "\nand more 7" for row in bench.questions])
-    monkeypatch.setattr(beams, "decode", lambda tokenizer, tokens, mask: [next(said) for _ in range(len(tokens))])
+    bench = bench_of(items=5)
+    asked = []
+    read = beams.prompt_batch
+    monkeypatch.setattr(beams, "prompt_batch", lambda rows, *rest: asked.append(rows) or read(rows, *rest))
+    wrong = bench.questions["answer"][3]
+    monkeypatch.setattr(
+        beams, "decode", lambda *_: [" 9 no" if r["answer"] == wrong else f" {r['answer']}\nand 7" for r in asked[-1]]
+    )
     items = beams.answer(bench, "greedy", 1, 2, lambda count: None)
-    assert all(item.right for item in items)
-    assert [item.text.splitlines()[0].strip() for item in items] == list(bench.questions["answer"])
-    assert extract_answer(items[0].text, "copying") != bench.questions["answer"][0]
+    assert [item.right for item in items] == [True, True, True, False, True]
+    assert [item.kind for item in items] == list(bench.questions["kind"])
+    assert [item.text.splitlines()[0].strip() for item in items][:3] == list(bench.questions["answer"])[:3]
 
 
 @pytest.mark.parametrize(
