@@ -79,7 +79,7 @@ def add_think_tokens(
     _make_room(model, max(len(tokenizer), max(ids) + 1), pad_to_multiple_of)
     if fresh:
         _start_rows(model, fresh, range(min(rows, known)) if like_ids is None else like_ids)
-    return ThinkTokens(start, end, *ids, tuple(missing))
+    return ThinkTokens(start, end, ids[0], ids[1], tuple(missing))
 
 
 def _single_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -143,7 +143,12 @@ def train_only_rows(model: Any, tokens: ThinkTokens) -> Callable[[], None]:
         mask = torch.zeros(parameter.shape[0], dtype=torch.bool, device=parameter.device)
         mask[tokens.ids] = True
         hooks.append(parameter.register_hook(_masked_by(mask)))
-    return lambda: [hook.remove() for hook in hooks] and None
+
+    def release() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return release
 
 
 def _masked_by(mask: Bool[Tensor, "V"]) -> Callable[[Tensor], Tensor]:
