@@ -17,6 +17,14 @@ def main(argv: list[str]) -> int:
     bound.add_argument(
         "--output", type=Path, default=Path("runs/entropy-bound.csv"), help="CSV and PNG (runs/entropy-bound.csv)"
     )
+    learned = studies.add_parser("learned-settings", help="where learned relaxation settings go: the pull to greedy")
+    learned.add_argument("--texts", type=int, default=4, help="reviews (4)")
+    learned.add_argument("--steps", type=int, default=12, help="T (12)")
+    learned.add_argument("--updates", type=int, default=15, help="of the settings (15)")
+    learned.add_argument("--barriers", nargs="+", type=float, default=[0.0, 0.03], help="weights of the guard")
+    learned.add_argument(
+        "--output", type=Path, default=Path("runs/learned-settings.csv"), help="CSV (runs/learned-settings.csv)"
+    )
     overlap = studies.add_parser(
         "overlap-bias", help="soft BLEU and ROUGE against mean hard scores, as tokens sharpen"
     )
@@ -33,7 +41,7 @@ def main(argv: list[str]) -> int:
 
     studies_by_name = {
         "entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias, "beams": _beams,
-        "soft-decoding": _soft_decoding,
+        "soft-decoding": _soft_decoding, "learned-settings": _learned_settings,
     }  # fmt: skip
     try:
         return studies_by_name[given.study](given)
@@ -109,6 +117,14 @@ def _entropy_bound(given: argparse.Namespace) -> int:
     figure = given.output.with_suffix(".png")
     run(trainer, given.relaxations, bounds, given.prompts, given.steps, given.output, figure)
     print(f"Written to {given.output} and {figure}.")
+    return 0
+
+
+def _learned_settings(given: argparse.Namespace) -> int:
+    from softrl.studies.learned_settings import run_on_reviews
+
+    run_on_reviews(given.texts, given.steps, given.updates, given.barriers, given.output)
+    print(f"Written to {given.output}.")
     return 0
 
 

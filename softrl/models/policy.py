@@ -85,7 +85,7 @@ class Policy:
         self.largest: Callable[[float], float] = float
         # Any: to a type checker every attribute of an nn.Module is a Tensor or a Module.
         self.virtual = VirtualTokens(model)
-        self.causal_lm: Any = model.get_base_model() if self.virtual.exist else unwrap(model)
+        self.causal_lm: Any = self.virtual.model.get_base_model() if self.virtual.exist else unwrap(model)
         self.decoder: Any = self.causal_lm.base_model
         self._accepted = self._check_interface()
         self.virtual.check_state(self._keeps_keys_and_values, type(self.causal_lm).__name__)

@@ -3,7 +3,7 @@ trained alone where nothing else should change.
 
 A new row starts as the mean of those that were there. Its logit is then the mean of their logits, so that no context
 gives it more than the average token, and the probabilities of the others shrink by `V / (V + n)` at the most.
-Left out: the chat template, which has to put the tokens where they belong.
+Left out: the chat template, which has to put the tokens where they belong; models that an engine has sharded already.
 """
 
 from collections.abc import Callable
@@ -76,10 +76,11 @@ def add_think_tokens(
     ids = [_single_id(tokenizer, token) for token in (start, end)]
     rows = model.get_input_embeddings().weight.shape[0]
     fresh = [index for index in ids if index >= min(rows, known)]
+    all_old = range(min(rows, known))
     _make_room(model, max(len(tokenizer), max(ids) + 1), pad_to_multiple_of)
-    if fresh:
-        _start_rows(model, fresh, range(min(rows, known)) if like_ids is None else like_ids)
-    return ThinkTokens(start, end, *ids, tuple(missing))
+    _start_rows(model, list(range(rows, model.get_input_embeddings().weight.shape[0])), all_old)  # padding included
+    _start_rows(model, fresh, all_old if like_ids is None else like_ids)
+    return ThinkTokens(start, end, ids[0], ids[1], tuple(missing))
 
 
 def _single_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -93,14 +94,18 @@ def _single_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def _make_room(model: Any, num_ids: int, pad_to_multiple_of: int | None) -> None:
-    """Rows for so many ids; never fewer than there are. `mean_resizing` draws at random, our rows do not."""
-    if num_ids > model.get_input_embeddings().weight.shape[0]:
+    """Rows for so many ids; never fewer than there are. What transformers draws for them is replaced later."""
+    if num_ids <= model.get_input_embeddings().weight.shape[0]:
+        return
+    with torch.random.fork_rng(devices=[]):
         model.resize_token_embeddings(num_ids, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
 
 
 @torch.no_grad()
 def _start_rows(model: Any, ids: list[int], like: "range | list[int]") -> None:
     """Every parameter that has a row an id: input embedding, output embedding if it is not the same, its bias."""
+    if not ids:
+        return
     for parameter in _rows_of(model):
         mean = parameter[list(like)].double().mean(0)  # of thousands of rows, perhaps in bfloat16
         parameter[ids] = mean.to(parameter.dtype)
@@ -143,7 +148,12 @@ def train_only_rows(model: Any, tokens: ThinkTokens) -> Callable[[], None]:
         mask = torch.zeros(parameter.shape[0], dtype=torch.bool, device=parameter.device)
         mask[tokens.ids] = True
         hooks.append(parameter.register_hook(_masked_by(mask)))
-    return lambda: [hook.remove() for hook in hooks] and None
+
+    def release() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return release
 
 
 def _masked_by(mask: Bool[Tensor, "V"]) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from peft import PeftType
-from torch import Tensor, nn
+from torch import Tensor
 
 _EMBEDDINGS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 _KEYS_AND_VALUES = (PeftType.PREFIX_TUNING,)
@@ -47,12 +47,12 @@ class VirtualTokens:
         ValueError: a kind that softrl does not feed, or another adapter inside.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model: Any = model
+    def __init__(self, model: Any):
+        self.model = model
         self.peft_type: PeftType | None = None
-        if not hasattr(model, "get_base_model") or not self.model.active_peft_config.is_prompt_learning:
+        if not hasattr(model, "get_base_model") or not model.active_peft_config.is_prompt_learning:
             return
-        self.peft_type = self.model.active_peft_config.peft_type
+        self.peft_type = model.active_peft_config.peft_type
         if self.peft_type not in (*_EMBEDDINGS, *_KEYS_AND_VALUES):
             raise ValueError(
                 f"peft type {self.peft_type} prepends virtual tokens to the prompt in a way that softrl's rollouts do "

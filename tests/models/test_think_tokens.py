@@ -80,6 +80,7 @@ def test_rows_that_a_model_has_to_spare_are_used_and_paddings_multiple_is_kept()
     assert padded.get_input_embeddings().weight.shape[0] == padded.config.vocab_size == 32
     for weight in (padded.get_input_embeddings().weight, padded.get_output_embeddings().weight):
         torch.testing.assert_close(weight[tokens.ids], ((weight[5] + weight[7]) / 2).expand(2, -1))
+        torch.testing.assert_close(weight[V + 2 :], weight[:V].mean(0).expand(7, -1))
 
 
 def test_a_heads_bias_gets_its_mean():

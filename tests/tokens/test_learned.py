@@ -168,6 +168,24 @@ def test_all_gradients_together_by_gradcheck(name, bounded):
         assert (softmax_entropy(p.log()) <= 0.9 + 1e-9).all()
 
 
+def test_a_bound_holds_for_the_smoothly_truncated_distribution_and_is_used_up():
+    """It cools `softmax(z) s` as a whole: exactly to the bound where that is above it, not at all where it is not."""
+    logits = logits_of(8, K)
+    factor = (min_p_log_factor(logits, 0.08, 0.4) + top_k_log_factor(logits, 4.3, 0.4)).exp()
+    product = logits.softmax(-1) * factor
+    truncated = product / product.sum(-1, keepdim=True)
+    relaxation = make_relaxation("softmax", Truncation(K), 1.0, 0.9, smooth=SmoothTruncation(0.08, 4.3, 0.4))
+    weights = relaxation.weights(logits, support_of(logits > -99.0))
+    above = softmax_entropy(truncated.log()) > 0.9
+    assert 2 <= above.sum() <= 6
+    torch.testing.assert_close(softmax_entropy(weights.log())[above], torch.full((int(above.sum()),), 0.9).double())
+    torch.testing.assert_close(weights[~above], truncated[~above])
+    # a power of it, up to the normalisation
+    slope = weights[above].log().diff(dim=-1) / truncated[above].log().diff(dim=-1)
+    torch.testing.assert_close(slope, slope[:, :1].expand_as(slope))
+    assert (slope > 1.0).all()
+
+
 def test_smooth_weights_are_softmax_times_the_factors():
     logits = logits_of(5, K)
     relaxation = make_relaxation("softmax", Truncation(K), 0.7, smooth=SmoothTruncation(0.08, 4.3, 0.4))
@@ -190,11 +208,19 @@ def test_every_setting_starts_where_it_was_put_and_stays_inside_its_range(name):
         assert between.value(raw).item() == pytest.approx(value, rel=1e-12)
         learned = LearnedRelaxation(Truncation(K), **{name: value})
         assert learned.values()[name] == pytest.approx(value, rel=2e-6, abs=2e-7 * (highest - lowest))
-    for raw in (-200.0, -30.0, 30.0, 200.0):  # where float32 saturates the relaxation must still be a valid one
-        with torch.no_grad():
-            learned.raw[name].fill_(raw)
-        learned.relaxation()
-        learned.frozen()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_where_float32_saturates_the_relaxation_is_still_a_valid_one(name):
+    for num_kept in range(2, 40):
+        between = ranges_of(num_kept)[name]
+        start = (between.greedy + min(between.loose, 9.0)) / 2
+        learned = LearnedRelaxation(Truncation(num_kept), **{name: start})
+        for raw in (-200.0, -30.0, 30.0, 200.0):
+            with torch.no_grad():
+                learned.raw[name].fill_(raw)
+            learned.relaxation()
+            learned.frozen()
 
 
 def test_relaxation_carries_gradients_and_frozen_the_same_numbers():
