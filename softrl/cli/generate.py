@@ -16,7 +16,7 @@ are those of transformers; --temperature is of soft tokens too, unless --soft_te
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the process's exit status: 2 for a mistake."""
-    given = _parser().parse_args(argv)
+    given = make_parser().parse_args(argv)
     from softrl.assets import AssetError
 
     try:
@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All arguments; softrl inspect passes its own on to it."""
     parser = argparse.ArgumentParser(
         prog=PROG, description=__doc__, epilog=EPILOG, allow_abbrev=False,
         usage=f"{PROG} (--prompt TEXT ... | --prompts_file FILE | < FILE) [--model NAME] [settings]",
@@ -93,7 +94,7 @@ def _generate(given: argparse.Namespace) -> int:
 
     policy = Policy(model)
     check_policy(policy)
-    decoding = _decoding(given, policy.vocab_size, tokenizer)
+    decoding = decoding_of(given, policy.vocab_size, tokenizer)
     with _opened(given.output_file) as file:
         for first in range(0, len(prompts), given.batch_size):
             batch = prompts[first : first + given.batch_size]
@@ -157,7 +158,7 @@ def _streams(given: argparse.Namespace, num_prompts: int) -> bool:
     return not given.no_stream and num_prompts * given.num_samples == 1
 
 
-def _decoding(given: argparse.Namespace, vocab_size: int, tokenizer: Any) -> Any:
+def decoding_of(given: argparse.Namespace, vocab_size: int, tokenizer: Any) -> Any:
     """The settings that the command gives, over those beside the model."""
     from softrl.generation.soft_arguments import HARD_ARGUMENTS, SOFT_ARGUMENTS, THINK_END, THINK_START, decoding_from
     from softrl.generation.soft_settings import DEFAULT_DECODING, Phase, SoftDecoding, load_soft_decoding
@@ -283,9 +284,12 @@ def lines(
             [[i, round(w, 6)] for i, w in zip(ids, weights, strict=True) if w > 0.0]
             for ids, weights in zip(record.ids[row][real].tolist(), record.weights[row][real].tolist(), strict=True)
         ]
+        count = [len(pairs) for pairs in kept]
+        probs = record.probs[row][real].tolist()
         line = {
             "prompt": batch[row // num_samples], "index": first + row // num_samples, "sample": row % num_samples,
             "seed": seed, "text": text, "kept": kept,
+            "probs": [[round(p, 6) for p in each[:n]] for each, n in zip(probs, count, strict=True)],
         }  # fmt: skip
         for name in ("tokens", "is_soft", "likeliest", "nearest"):
             line[name] = getattr(record, name)[row][real].tolist()

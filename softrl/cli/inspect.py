@@ -127,7 +127,7 @@ def _generated(given: argparse.Namespace, of_generation: list[str]) -> tuple[Any
     from softrl.studies.inspect_text import TokenTexts
 
     words = [*of_generation, "--model", given.model, "--prompt", given.prompt, "--seed", str(given.seed)]
-    parser = generate._parser()
+    parser = generate.make_parser()
     parser.prog = PROG
     asked = parser.parse_args(words)
     if asked.prompts_file or asked.num_samples != 1:
@@ -137,7 +137,7 @@ def _generated(given: argparse.Namespace, of_generation: list[str]) -> tuple[Any
         )
     model, tokenizer = generate.load(asked.model, asked.dtype)
     texts, vocab_size = TokenTexts(tokenizer), model.get_output_embeddings().weight.shape[0]
-    decoding = generate._decoding(asked, vocab_size, tokenizer)
+    decoding = generate.decoding_of(asked, vocab_size, tokenizer)
     run = _run(asked, model, tokenizer, decoding, "hard run" if asked.hard else "soft run")
     if given.no_compare:
         return run, None, texts
