@@ -133,7 +133,7 @@ def _explore(
     num_beams: int,
     eos_ids: tuple[int, ...],
 ) -> _Segment:
-    """A beam search of so many steps from the trunk, which stays as it is."""
+    """A beam search of so many steps from the trunk, which stays as it is; fewer where everything has ended."""
     num_prompts, device = len(hidden), hidden.device
     log_probs, tokens = policy.head(hidden).log_softmax(-1).topk(num_beams, -1)
     nothing = torch.zeros(num_prompts, num_beams, 0, dtype=torch.long, device=device)
@@ -143,11 +143,13 @@ def _explore(
     first_row = torch.arange(num_prompts, device=device)[:, None]
     origin, state = first_row.expand(-1, num_beams), None
     for _ in range(num_steps - 1):
+        goes_on = ~segment.ended.all(-1)
+        if not policy.largest(float(goes_on.any())):
+            break
         if state is None:
             state = trunk.branched(origin.flatten())
         else:
             state.select((first_row * num_beams + origin).flatten())
-        goes_on = ~segment.ended.all(-1)
         hidden = policy.advance(state, policy.embed(segment.tokens[..., -1].flatten())[:, None])[:, 0]
         origin, tokens, log_probs = _continued(segment, policy.head(hidden).log_softmax(-1), eos_ids)
         segment = segment.picked(origin).extended(tokens, log_probs, eos_ids)

@@ -101,9 +101,10 @@ def test_the_fold_by_hand(name, fold_every, temperature, eos_ids):
     assert checked > T
 
 
-def test_the_price_of_a_prompt_is_its_own(monkeypatch):
-    policy, batch = Policy(gpt2(seed=6)), prompts(5)
-    together = collapsing_beam_search(policy, batch, T, 3, 3, eos_ids=ENDS)
+@pytest.mark.parametrize(("width", "fold_every", "eos_ids"), [(3, 3, ENDS), (2, T, tuple(range(1, 20, 2)))])
+def test_the_price_of_a_prompt_is_its_own(width, fold_every, eos_ids, monkeypatch):
+    policy, batch = Policy(gpt2(seed=3)), prompts(5)
+    together = collapsing_beam_search(policy, batch, T, width, fold_every, eos_ids=eos_ids)
     fed = []
     advance = Policy.advance
     monkeypatch.setattr(
@@ -113,10 +114,11 @@ def test_the_price_of_a_prompt_is_its_own(monkeypatch):
     for row in range(5):
         fed.clear()
         alone = Prompts(batch.ids[row][batch.mask[row]][None], batch.mask[row][batch.mask[row]][None])
-        found = collapsing_beam_search(policy, alone, T, 3, 3, eos_ids=ENDS)
+        found = collapsing_beam_search(policy, alone, T, width, fold_every, eos_ids=eos_ids)
         assert texts_of(found) == [texts_of(together)[row]]
         prices.append(sum(fed))
     assert together.forward_tokens.tolist() == prices
+    assert len(set(prices)) > 1
     fed.clear()
     endless = collapsing_beam_search(policy, batch, T, 3, 3)
     # Two whole segments of 3 * 2 + 3, and the last one of two tokens, which is not folded.
