@@ -124,7 +124,7 @@ def _run(
     if count > given.batch_size and not sys.stderr.isatty():
         print(f"{where} ...", file=sys.stderr, flush=True)
     if _streams(given, count):
-        streamer: Any = TextStreamer(tokenizer, skip_special_tokens=True)
+        streamer: Any = TextStreamer(tokenizer, skip_prompt=not isinstance(batch[0], str), skip_special_tokens=True)
     else:
         streamer = _Bar(given.max_new_tokens, where)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -176,8 +176,9 @@ def decoding_of(given: argparse.Namespace, vocab_size: int, tokenizer: Any) -> A
         answering = decoding_from({"do_sample": False} | hard, DEFAULT_DECODING, vocab_size).answering
         return SoftDecoding(Phase(None, answering.next_token))
     saved = load_soft_decoding(given.model)
-    starts = given.thinking or "think_start" in soft or "think_end" in soft
-    if starts and not (saved is not None and saved.think_start and given.thinking and len(soft) == 0):
+    has_own = saved is not None and bool(saved.think_start)
+    thinks = given.thinking or given.force_thinking
+    if "think_start" in soft or "think_end" in soft or (thinks and not has_own):
         soft = {"think_start": THINK_START, "think_end": THINK_END} | soft
     return decoding_from(soft | hard, saved, vocab_size, tokenizer)
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from trainers.tiny import CHAT_TEMPLATE, word_tokenizer
 from transformers import AutoModelForCausalLM
 
-from softrl.cli.generate import main
+from softrl.cli.generate import decoding_of, main, make_parser
 from softrl.generation.next_token import NextToken
 from softrl.generation.soft_arguments import decoding_from
 from softrl.generation.soft_generate import soft_generate
@@ -260,3 +261,13 @@ def test_help_needs_no_torch_and_names_every_setting():
     assert max(map(len, done.stdout.splitlines())) <= 119
     for name in (*SOFT_ARGUMENTS, *HARD_ARGUMENTS):
         assert f"--{name}" in done.stdout
+
+
+def test_forcing_the_thinking_needs_no_other_option(tmp_path):
+    tokenizer = byte_tokenizer()
+    given = make_parser().parse_args(["--model", str(tmp_path), "--prompt", "x", "--force_thinking"])
+    decoding = decoding_of(given, len(tokenizer), tokenizer)
+    assert decoding.force_thinking
+    assert tokenizer.decode(decoding.think_start) == "<think>"
+    save_soft_decoding(replace(decoding, think_start=(7,), think_end=(8,)), tmp_path)
+    assert decoding_of(given, len(tokenizer), tokenizer).think_start == (7,)  # the model's own delimiters stay
