@@ -223,16 +223,7 @@ def _tuning(given: Any, path: Path, seeds: list[int]) -> Tuning:
 
 
 def _methods(given: list[Any], values: dict[str, Any], path: Path) -> Iterator[Method]:
-    names: set[str] = set()
-    for number, each in enumerate(given, 1):
-        where = f"{path}, method {number}"
-        settings = dict(checked_mapping(each, where))
-        if not isinstance(settings.get("name"), str):
-            raise ValueError(f"{where}: missing key 'name'")
-        name = settings.pop("name")
-        if slug(name) in names or not slug(name):
-            raise ValueError(f"{where}: name {name!r} is taken, or has no letter; every method needs its own")
-        names.add(slug(name))
+    for name, settings in named_settings(given, "method", path):
         betas, rates = settings.pop("betas", values["betas"]), settings.pop("learning_rates", None)
         where = f"{path}, method {name!r}"
         _refuse_set_keys(settings, where)
@@ -294,3 +285,39 @@ def filled(given: dict[str, Any], key: str, where: Any) -> list[Any]:
 def _refuse_set_keys(settings: dict[str, Any], where: str) -> None:
     if taken := sorted(set(settings) & {*_SET_BY_THE_STUDY, *_QUIET}):
         raise ValueError(f"{where}: {taken} are set by the study (`seeds`, `betas`, `max_samples`); leave them out")
+
+
+def named_settings(given: list[Any], kind: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Mappings with a `name`, each with its other keys.
+
+    Raises:
+        ValueError: one has no name, or that of another one.
+    """
+    seen: set[str] = set()
+    for number, each in enumerate(given, 1):
+        settings = dict(checked_mapping(each, f"{path}, {kind} {number}"))
+        name = settings.pop("name", None)
+        if not isinstance(name, str) or not slug(name) or slug(name) in seen:
+            raise ValueError(f"{path}, {kind} {number}: `name` is {name!r}; every {kind} needs one of its own")
+        seen.add(slug(name))
+        yield name, settings
+
+
+def trainer_settings(given: Any, config_class: type, taken: tuple[str, ...], where: str) -> dict[str, Any]:
+    """Keys of a trainer's configuration.
+
+    Args:
+        given: a mapping.
+        config_class: whose fields they are.
+        taken: keys that the study sets itself.
+        where: for errors.
+    Raises:
+        ValueError: not a mapping, a key of `taken`, or one that the class does not have.
+    """
+    settings = dict(checked_mapping(given, where))
+    if set_here := sorted(set(settings) & set(taken)):
+        raise ValueError(f"{where}: {set_here} are set by the study; leave them out")
+    known = {each.name for each in fields(config_class)}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"{where}: unknown keys {unknown}; they are those of {config_class.__name__}")
+    return settings

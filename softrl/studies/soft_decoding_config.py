@@ -11,7 +11,15 @@ import yaml
 
 from softrl.generation.next_token import NextToken
 from softrl.generation.soft_settings import Phase, SoftDecoding
-from softrl.studies.compare_config import check_keys, checked_mapping, filled, hashed, slug
+from softrl.studies.compare_config import (
+    check_keys,
+    checked_mapping,
+    filled,
+    hashed,
+    named_settings,
+    slug,
+    trainer_settings,
+)
 from softrl.tokens.relaxation import make_relaxation
 from softrl.tokens.truncation import Truncation
 from softrl.trainers import SoftSFTConfig
@@ -122,7 +130,10 @@ def load_config(path: Path, output_dir: str | None = None) -> SoftDecodingStudyC
     check_keys(given, SoftDecodingStudyConfig, str(path))
     given["common"] = _settings(given.get("common") or {}, f"{path}, common")
     given["seeds"] = [int(seed) for seed in filled(given, "seeds", path)]
-    given["tunings"] = _tunings(filled(given, "tunings", path), path)
+    given["tunings"] = [
+        Tuning(name, _settings(settings, f"{path}, tuning {name!r}"))
+        for name, settings in named_settings(filled(given, "tunings", path), "tuning", path)
+    ]
     decodings = checked_mapping(given["decodings"], f"{path}, decodings")
     if not decodings:
         raise ValueError(f"{path}: decodings is empty; name at least one")
@@ -147,22 +158,5 @@ def make_decoding(given: dict[str, Any], where: str) -> SoftDecoding:
     return SoftDecoding(Phase(make_relaxation(name, truncation, temperature, bound)))
 
 
-def _tunings(given: list[Any], path: Path) -> list[Tuning]:
-    tunings: dict[str, Tuning] = {}
-    for number, each in enumerate(given, 1):
-        settings = dict(checked_mapping(each, f"{path}, tuning {number}"))
-        name = settings.pop("name", None)
-        if not isinstance(name, str) or not slug(name) or slug(name) in tunings:
-            raise ValueError(f"{path}, tuning {number}: `name` is {name!r}; every tuning needs one of its own")
-        tunings[slug(name)] = Tuning(name, _settings(settings, f"{path}, tuning {name!r}"))
-    return list(tunings.values())
-
-
 def _settings(given: Any, where: str) -> dict[str, Any]:
-    settings = dict(checked_mapping(given, where))
-    if taken := sorted(set(settings) & set(_SET_BY_THE_STUDY)):
-        raise ValueError(f"{where}: {taken} are set by the study; leave them out")
-    known = {each.name for each in fields(SoftSFTConfig)}
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{where}: unknown keys {unknown}; they are those of SoftSFTConfig")
-    return settings
+    return trainer_settings(given, SoftSFTConfig, _SET_BY_THE_STUDY, where)

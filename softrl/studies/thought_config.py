@@ -3,13 +3,21 @@
 Left out: tasks (`thought_tasks`), training (`thought_run`) and the report (`thought_report`).
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from softrl.studies.compare_config import check_keys, checked_mapping, filled, hashed, slug
+from softrl.studies.compare_config import (
+    check_keys,
+    checked_mapping,
+    filled,
+    hashed,
+    named_settings,
+    slug,
+    trainer_settings,
+)
 from softrl.studies.thought_tasks import TASKS
 from softrl.trainers import QuietSTaRConfig
 
@@ -142,22 +150,12 @@ def load_config(path: Path, output_dir: str | None = None) -> ThoughtStudyConfig
 
 
 def _methods(given: list[Any], path: Path) -> list[Method]:
-    methods: dict[str, Method] = {}
-    for number, each in enumerate(given, 1):
-        settings = dict(checked_mapping(each, f"{path}, method {number}"))
-        name = settings.pop("name", None)
-        if not isinstance(name, str) or not slug(name) or slug(name) in methods:
-            raise ValueError(f"{path}, method {number}: `name` is {name!r}; every method needs one of its own")
+    methods = []
+    for name, settings in named_settings(given, "method", path):
         is_control = bool(settings.pop("control", False))
-        methods[slug(name)] = Method(name, _settings(settings, f"{path}, method {name!r}"), is_control)
-    return list(methods.values())
+        methods.append(Method(name, _settings(settings, f"{path}, method {name!r}"), is_control))
+    return methods
 
 
 def _settings(given: Any, where: str) -> dict[str, Any]:
-    settings = checked_mapping(given, where)
-    if taken := sorted(set(settings) & set(_SET_BY_THE_STUDY)):
-        raise ValueError(f"{where}: {taken} are set by the study; leave them out")
-    known = {each.name for each in fields(QuietSTaRConfig)}
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{where}: unknown keys {unknown}; they are those of QuietSTaRConfig")
-    return settings
+    return trainer_settings(given, QuietSTaRConfig, _SET_BY_THE_STUDY, where)
