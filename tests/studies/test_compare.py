@@ -299,7 +299,7 @@ def test_a_seed_s_runs_come_before_the_next_seed_s(folder):
         ({"base": "no/such"}, "no recipe 'no/such'"),
         ({"common": {"seed": 1}}, r"common: \['seed'\] are set by the study"),
         ({"methods": [{"trainer": "ppo"}]}, "method 1: `name` is None; every method needs one of its own"),
-        ({"methods": [{"name": "A"}, {"name": "a"}]}, "method 2: name 'a' is taken"),
+        ({"methods": [{"name": "A"}, {"name": "a"}]}, "method 2: `name` is 'a'; every method needs one of its own"),
         ({"methods": [{"name": "a", "beta": 0.1}]}, r"method 'a': \['beta'\] are set by the study"),
         ({"max_samples": 12}, "max_samples=12 is not a multiple of evaluate_every_samples=8"),
         ({"max_samples": "many"}, "max_samples must be a positive integer, got 'many'"),
