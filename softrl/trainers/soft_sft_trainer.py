@@ -25,6 +25,7 @@ from softrl.estimators.adjoint import chosen_method
 from softrl.estimators.pathwise import Estimate, SurrogateOutput, pathwise_estimate, surrogate
 from softrl.estimators.supervised import PlainOutput, fed_entropy, guided_rollout, plain_pass, token_objective
 from softrl.estimators.system import Cotangents, ForwardPass
+from softrl.generation.soft_settings import Phase, SoftDecoding, save_soft_decoding
 from softrl.models.freezing import freeze
 from softrl.models.policy import check_policy, evaluation_mode
 from softrl.tokens.guidance import GuidedRelaxation, coin_amounts
@@ -358,10 +359,6 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
 
     def _save_soft_decoding(self, folder: Path) -> None:
         """How the model is to be decoded: by the soft tokens that it was trained on last, without guidance."""
-        try:
-            from softrl.generation.soft_settings import Phase, SoftDecoding, save_soft_decoding
-        except ModuleNotFoundError:  # until soft generation is merged
-            return
         last = max(self.state.global_step - 1, 0)
         relaxation = self.args.make_relaxation(last, max(self.state.max_steps, 1))
         save_soft_decoding(SoftDecoding(Phase(relaxation), norm_correction=self.policy.norm_correction), folder)
