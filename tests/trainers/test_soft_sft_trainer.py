@@ -11,6 +11,7 @@ from trainers.tiny import CHAT_TEMPLATE, logs_of, numbers_of, parameters_of, wor
 from trl import SFTConfig, SFTTrainer
 
 from softrl.estimators.supervised import plain_pass
+from softrl.generation.soft_settings import load_soft_decoding
 from softrl.objectives.token_terms import DirectTerms
 from softrl.tokens.truncation import Truncation
 from softrl.trainers import SoftSFTConfig
@@ -269,7 +270,6 @@ def test_streams_and_too_many_kept_ids_are_refused(tmp_path):
 
 
 def test_with_the_model_goes_how_it_is_to_be_decoded(tmp_path):
-    settings = pytest.importorskip("softrl.generation.soft_settings")
     trainer = soft_sft(
         tmp_path, relaxation="gumbel_softmax", top_k="linear:9->5", norm_correction="match",
         save_strategy="steps", save_steps=3,
@@ -277,7 +277,7 @@ def test_with_the_model_goes_how_it_is_to_be_decoded(tmp_path):
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path, tmp_path / "checkpoint-3"):
-        loaded = settings.load_soft_decoding(folder)
+        loaded = load_soft_decoding(folder)
         relaxation = loaded.thinking.relaxation
         assert relaxation.name == "gumbel_softmax"
         assert relaxation.truncation == Truncation(6, min_p=0.02)  # of the last of three steps
