@@ -79,8 +79,11 @@ def _train(arguments: Any, args: Any, model_args: Any) -> int:
 
 
 def encoded_references(rows: Any, tokenizer: Any, append_eos: bool, name: str) -> Any:
-    """Token ids with a mask of the completion. TRL would end every text, also one that is cut, and split it anew."""
+    """Token ids and labels, of the completion alone. TRL would end every text, also one that is cut, and split it anew;
+    and of ids it reads a `completion_mask` only where `completion_only_loss` is asked for.
+    """
     from softrl.data.prompts import prompt_ids
+    from softrl.data.supervised import IGNORED
 
     if "reference" not in rows.column_names:
         raise ValueError(
@@ -93,9 +96,6 @@ def encoded_references(rows: Any, tokenizer: Any, append_eos: bool, name: str) -
         reference = row["reference"] if isinstance(row["reference"], str) else row["reference"][0]
         prompt = prompt_ids(row["prompt"], tokenizer)
         completion = tokenizer(reference, add_special_tokens=False).input_ids + ending
-        return {
-            "input_ids": prompt + completion,
-            "completion_mask": [0] * len(prompt) + [1] * len(completion),
-        }
+        return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
     return rows.map(encode, remove_columns=rows.column_names)

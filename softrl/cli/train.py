@@ -94,19 +94,13 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
 def _with_completions(rows: Any, tokenizer: Any, dataset_name: str) -> Any:
     """References as what TRL's SFTTrainer calls completions, where the data set has nothing else to train on."""
     from softrl.cli.sft import encoded_references
-    from softrl.data.supervised import IGNORED
 
     columns = set(rows.column_names)
     if "reference" not in columns or columns & {"completion", "messages", "text", "input_ids"}:
         return rows
 
-    def labelled(row: dict[str, Any]) -> dict[str, Any]:
-        pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
-        return {"labels": [token if counts else IGNORED for token, counts in pairs]}
-
     # Those of the openings are cut in mid-sentence, where nothing ends.
-    encoded = encoded_references(rows, tokenizer, dataset_name != BUILTIN_DATASET, dataset_name)
-    return encoded.map(labelled, remove_columns=["completion_mask"])
+    return encoded_references(rows, tokenizer, dataset_name != BUILTIN_DATASET, dataset_name)
 
 
 def _check_without_rewards(arguments: TrainArguments) -> None:

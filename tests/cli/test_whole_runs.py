@@ -115,7 +115,8 @@ def test_rlhf_whole_reward_model_policy_and_judgement(folders, tmp_path, capsys,
 
 
 def test_a_supervised_start_is_a_model_that_writes_references(folders, tmp_path, capsys):
-    rows = [{"prompt": f"w{3 + i % 9}", "reference": "w7 w8"} for i in range(80)]
+    # Nothing says which second word a prompt has: the loss would stay high if prompts were counted.
+    rows = [{"prompt": f"w{3 + i % 9} w{3 + i * 7 % 11}", "reference": "w7 w8"} for i in range(80)]
     folder, data = tmp_path / "start", write(tmp_path / "rows.jsonl", rows)
     argv = ["--model_name_or_path", str(folders / "policy"), "--dataset_name", data, "--output_dir", str(folder)]
     argv += ["--learning_rate", "0.02", "--num_train_epochs", "6", "--num_eval_prompts", "16", *QUIET]
@@ -124,15 +125,15 @@ def test_a_supervised_start_is_a_model_that_writes_references(folders, tmp_path,
     before, after = out.split("held-out references: ")[1].split(" nats")[0].split(" -> ")
     assert float(after) < 0.2 < float(before)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    written = model.generate(torch.tensor([[5]]), do_sample=False, max_new_tokens=3)
-    assert written[0].tolist() == [5, 7, 8, 1]  # and it ends
+    written = model.generate(torch.tensor([[5, 6]]), do_sample=False, max_new_tokens=3)
+    assert written[0].tolist() == [5, 6, 7, 8, 1]  # and it ends
 
     argv[-len(QUIET) :] = [*QUIET, "--append_eos", "false"]
     assert sft.main(argv) == 0
     written = AutoModelForCausalLM.from_pretrained(folder).generate(
-        torch.tensor([[5]]), do_sample=False, max_new_tokens=3
+        torch.tensor([[5, 6]]), do_sample=False, max_new_tokens=3
     )
-    assert written[0, 1:3].tolist() == [7, 8]
+    assert written[0, 2:4].tolist() == [7, 8]
     assert written[0, -1] != 1
 
 
