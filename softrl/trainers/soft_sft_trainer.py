@@ -25,12 +25,15 @@ from softrl.estimators.adjoint import chosen_method
 from softrl.estimators.pathwise import Estimate, SurrogateOutput, pathwise_estimate, surrogate
 from softrl.estimators.supervised import PlainOutput, fed_entropy, guided_rollout, plain_pass, token_objective
 from softrl.estimators.system import Cotangents, ForwardPass
+from softrl.generation.soft_settings import Phase, SoftDecoding, save_soft_decoding
 from softrl.models.freezing import freeze
 from softrl.models.policy import check_policy, evaluation_mode
+from softrl.models.think_tokens import ThinkTokens
 from softrl.tokens.guidance import GuidedRelaxation, coin_amounts
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
+from softrl.trainers.announcing import between_think_tokens, with_soft_prefix, with_think_tokens, with_thoughts
 from softrl.trainers.batches import IndexedCollator, indexed_rows
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import (
@@ -43,6 +46,7 @@ from softrl.trainers.engines import (
     release_at_once,
     shards_parameters,
 )
+from softrl.trainers.learned_settings import LearnedSettingsMixin
 from softrl.trainers.loading import load_tokenizer, model_name, supported_dtype
 from softrl.trainers.metrics import MetricLog
 from softrl.trainers.model_card import CITATION
@@ -55,7 +59,7 @@ _COINS = 1  # of a text's random streams: 0 is the relaxation's
 _EVALUATION_STEP = -1  # random streams of evaluations are not those of any training step
 
 
-class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
+class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, LearnedSettingsMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning behind a model's own soft tokens, guided by the true ones.
 
@@ -92,11 +96,13 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. If `None`, it is loaded from the model's name.
         callbacks, optimizers, quantization_config, peft_config:
-            As in [`~trl.SFTTrainer`].
+            As in [`~trl.SFTTrainer`]. `learned_settings` need the trainer's own optimizer; `soft_prefix_tokens` is the
+            adapter itself, and `think_tokens` goes with LoRA.
     """
 
     _tag_names = ("trl", "softrl", "soft-sft")
     _name = "SoftSFT"
+    think_tokens: ThinkTokens | None
     _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
 
     def __init__(
@@ -124,11 +130,18 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
             settings = dict(args.model_init_kwargs or {})
             settings["dtype"] = supported_dtype(settings.get("dtype", "float32"), args.device)
             args.model_init_kwargs = settings
+        source, self.think_tokens = model, None
+        if args.think_tokens:
+            model, peft_config, self.think_tokens = with_think_tokens(
+                args, model, processing_class, peft_config, quantization_config
+            )
+            quantization_config = None  # the model has it
+        peft_config = with_soft_prefix(args, model, peft_config)
         super().__init__(
             model,
             args,
-            train_dataset=indexed_rows(train_dataset, "train_dataset"),
-            eval_dataset=indexed_rows(eval_dataset, "eval_dataset"),
+            train_dataset=self._rows(train_dataset, "train_dataset"),
+            eval_dataset=self._rows(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -147,10 +160,14 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         self._redirect = ForwardRedirection()
         self._numbers = MetricLog()
         self._engine_is_ready = False
+        self.attach_learned_settings(source)
         self.last_evaluation: list[TextNLL] = []
         self._follow_schedules()
 
     # Data
+
+    def _rows(self, dataset: Any, name: str) -> Any:
+        return indexed_rows(with_thoughts(dataset, self.think_tokens, name), name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -188,10 +205,11 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         self.alpha = float(values["guidance_alpha"])
         self.true_token_probability = float(values["true_token_probability"])
         self.terms = args.terms(float(values["entropy_penalty"]))
-        self.relaxation = args.make_guided(step, max_steps)
+        self.relaxation = args.make_guided(step, max_steps, self.learned and self.learned.frozen())
         self.adjoint_settings = args.adjoint_settings(step, max_steps)
         changing = {name for name, schedule in args.schedules().items() if not schedule.is_constant}
-        return {name: float(value) for name, value in values.items() if name in changing | {"guidance_alpha"}}
+        logged = {name: float(value) for name, value in values.items() if name in changing | {"guidance_alpha"}}
+        return logged | self.learned_numbers()
 
     def compute_loss(
         self,
@@ -217,6 +235,9 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         loss = loss - loss.detach() - (per_token * texts.counted).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # the count is that of all processes
+        # The host divides by the number of micro-batches itself where it counts no tokens.
+        share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
+        loss = loss + self.learned_term(rollout is not None, share)
         self._record(inputs, texts, rollout, output, scheduled)
         return loss
 
@@ -267,8 +288,11 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         return surrogate(self.policy, self.live_relaxation(), estimate, self.terms, self.adjoint_settings, forward)
 
     def live_relaxation(self) -> GuidedRelaxation:
-        """What phase 3 differentiates; its base's settings may be tensors, which then get their gradient there."""
-        return self.relaxation
+        """What phase 3 differentiates: learned settings are tensors, which get their gradient there."""
+        if self.learned is None:
+            return self.relaxation
+        step, max_steps = self.state.global_step, max(self.state.max_steps, 1)
+        return self.args.make_guided(step, max_steps, self.learned.relaxation())
 
     @torch.no_grad()
     def _record(
@@ -311,7 +335,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **settings: Any) -> dict[str, float]:
         if not isinstance(eval_dataset, str):
-            eval_dataset = indexed_rows(eval_dataset, "eval_dataset")
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *arguments, **settings)
 
     def evaluation_loop(
@@ -358,13 +382,10 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
 
     def _save_soft_decoding(self, folder: Path) -> None:
         """How the model is to be decoded: by the soft tokens that it was trained on last, without guidance."""
-        try:
-            from softrl.generation.soft_settings import Phase, SoftDecoding, save_soft_decoding
-        except ModuleNotFoundError:  # until soft generation is merged
-            return
-        last = max(self.state.global_step - 1, 0)
-        relaxation = self.args.make_relaxation(last, max(self.state.max_steps, 1))
-        save_soft_decoding(SoftDecoding(Phase(relaxation), norm_correction=self.policy.norm_correction), folder)
+        last, learned = max(self.state.global_step - 1, 0), self.learned and self.learned.frozen()
+        relaxation = self.args.make_guided(last, max(self.state.max_steps, 1), learned).base
+        decoding = SoftDecoding(Phase(relaxation), norm_correction=self.policy.norm_correction)
+        save_soft_decoding(between_think_tokens(decoding, self.think_tokens), folder)
 
 
 @dataclass(frozen=True)
