@@ -7,7 +7,7 @@ Left out: engines other than one process and DDP; schedules of K or of what is l
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +132,8 @@ class LearnedSettingsMixin:
 
     Overrides of [`~transformers.Trainer`]: `create_optimizer` (a group of its own, without weight decay),
     `training_step` (a setting that nothing depended on is not stepped), `_load_from_checkpoint`, `_load_best_model`
-    and `_save`. A subclass calls `attach_learned_settings`, rolls out with `learned.frozen()` and adds `learned_term`.
+    and `_save`. A subclass calls `attach_learned_settings`, rolls out with `learned.frozen()`
+    and adds `learned_term` to the loss, made inside the wrapped model's forward.
     """
 
     learned: LearnedRelaxation | None = None
@@ -172,18 +173,21 @@ class LearnedSettingsMixin:
             self._reported.add(subject)
         return {f"learned/{name}": value for name, value in values.items()}
 
-    def learned_term(self, depends: bool, share: float) -> "Tensor | float":
-        """What the loss has beside the objective: the barrier, `share` of it in a part of a step.
+    def beside_learned_term(self, depends: bool, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+        """What a function gives, and `learned_term`: DDP wants all that is differentiated from one forward pass."""
+        return function(*arguments), self.learned_term(depends)
+
+    def learned_term(self, depends: bool) -> "Tensor | float":
+        """What the loss of a step has beside the objective: the barrier.
 
         Args:
-            depends: whether soft tokens were fed; if not, the term is a zero with a graph, since DDP waits for a
+            depends: whether soft tokens were fed; if not, the term is a zero with a graph, since DDP may wait for a
                 gradient of every parameter.
-            share: one over the number of micro-batches.
         """
         if self.learned is None:
             return 0.0
         if depends and self.args.learned_settings_barrier > 0.0:
-            return share * self.learned.penalty(self.args.learned_settings_barrier)
+            return self.learned.penalty(self.args.learned_settings_barrier)
         return 0.0 * torch.stack(list(self.learned.raw.values())).sum()
 
     def training_step(self, *arguments: Any, **settings: Any) -> Tensor:

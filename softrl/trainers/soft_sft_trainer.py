@@ -70,7 +70,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, LearnedSettingsMixin, SFTT
 
     Overrides of the host: `_set_signature_columns_if_needed`, `training_step` (timing only), `compute_loss`,
     `evaluate` (indexes rows), `evaluation_loop`, `log`, `save_model` and `_save` (with the model goes
-    `soft_decoding.json`, which says how it is to be decoded).
+    `soft_decoding.json`, which says how it is to be decoded), and those of the mixins.
 
     Example:
 
@@ -237,7 +237,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, LearnedSettingsMixin, SFTT
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # the count is that of all processes
         # The host divides by the number of micro-batches itself where it counts no tokens.
         share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
-        loss = loss + self.learned_term(rollout is not None, share)
+        loss = loss + share * output.learned_term
         self._record(inputs, texts, rollout, output, scheduled)
         return loss
 
@@ -251,18 +251,19 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, LearnedSettingsMixin, SFTT
         return guided_rollout(self.policy, texts, self.relaxation, amounts, self._random(indices, step))
 
     def _output(self, model: nn.Module, texts: SupervisedTexts, rollout: Rollout | None) -> "StepOutput":
-        unwrapped = self.accelerator.unwrap_model(model)
+        beside = partial(self.beside_learned_term, rollout is not None)
+        call = partial(self._redirect, model, self.accelerator.unwrap_model(model), beside)
         if rollout is None or self.args.is_detached:
-            plain = self._redirect(model, unwrapped, self._plain, texts, rollout)
-            return StepOutput(plain.value, plain.log_probs, plain.entropy)
+            plain, term = call(self._plain, texts, rollout)
+            return StepOutput(plain.value, plain.log_probs, plain.entropy, term)
         if self._shares_a_pass(rollout):
-            estimate, found = self._redirect(model, unwrapped, self._in_one_pass, rollout)
+            (estimate, found), term = call(self._in_one_pass, rollout)
         else:
             estimate = self._estimate(rollout)
-            found = self._redirect(model, unwrapped, self._surrogate, estimate)
+            found, term = call(self._surrogate, estimate)
         assert estimate.target_log_probs is not None
         log_probs, cotangents = estimate.target_log_probs, estimate.cotangents
-        return StepOutput(found.value, log_probs, rollout.entropy, cotangents, found.replay_error)
+        return StepOutput(found.value, log_probs, rollout.entropy, term, cotangents, found.replay_error)
 
     def _plain(self, texts: SupervisedTexts, rollout: Rollout | None) -> PlainOutput:
         return plain_pass(self.policy, texts, self.terms, rollout)
@@ -291,8 +292,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, LearnedSettingsMixin, SFTT
         """What phase 3 differentiates: learned settings are tensors, which get their gradient there."""
         if self.learned is None:
             return self.relaxation
-        step, max_steps = self.state.global_step, max(self.state.max_steps, 1)
-        return self.args.make_guided(step, max_steps, self.learned.relaxation())
+        return self.args.make_guided(self.state.global_step, max(self.state.max_steps, 1), self.learned.relaxation())
 
     @torch.no_grad()
     def _record(
@@ -395,5 +395,6 @@ class StepOutput:
     value: Tensor
     log_probs: Tensor
     entropy: Tensor
+    learned_term: Tensor | float
     cotangents: Cotangents | None = None
     replay_error: Tensor | None = None
