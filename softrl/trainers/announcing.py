@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from softrl.data.texts import INDEX_COLUMN
 from softrl.generation.soft_settings import SoftDecoding
@@ -20,7 +20,7 @@ from softrl.trainers.loading import load_model
 def with_soft_prefix(args: Any, model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
     """The adapter that is trained: `soft_prefix_tokens` vectors before the prompt, or the caller's own.
 
-    They start as the embeddings of tokens that the run's seed draws from the vocabulary.
+    They start as embeddings of tokens that PEFT draws from the vocabulary, by the run's seed.
 
     Raises:
         ValueError: another adapter beside them.
@@ -33,7 +33,6 @@ def with_soft_prefix(args: Any, model: Any, peft_config: PeftConfig | None) -> P
             f"soft_prefix_tokens={args.soft_prefix_tokens} is an adapter of its own (prompt tuning) and does not go "
             f"beside another one, here a {kind}; leave out one of the two (on the command line: use_peft)"
         )
-    set_seed(args.seed)  # as the host does, but only after it has made the adapter
     return PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=args.soft_prefix_tokens, prompt_tuning_init="SAMPLE_VOCAB"
     )

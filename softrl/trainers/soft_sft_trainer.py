@@ -235,9 +235,9 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, LearnedSettingsMixin, SFTT
         loss = loss - loss.detach() - (per_token * texts.counted).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # the count is that of all processes
-        # The host divides by the number of micro-batches itself where it counts no tokens.
-        share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
-        loss = loss + share * output.learned_term
+        # Once a step; where the host counts no tokens it divides by the number of micro-batches itself.
+        parts = 1 if num_items_in_batch is None else getattr(self, "current_gradient_accumulation_steps", 1)
+        loss = loss + output.learned_term / parts
         self._record(inputs, texts, rollout, output, scheduled)
         return loss
 
