@@ -234,6 +234,7 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
 
     import softrl.models.gru  # noqa: F401, whose models the Auto classes then know
     from softrl.assets import resolve_model
+    from softrl.models.think_tokens import make_room
     from softrl.models.thinking import is_thinking_folder
     from softrl.trainers.loading import supported_dtype
 
@@ -241,17 +242,18 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"{name} holds a model that thinks between tokens; softrl thoughts generate writes with it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"dtype": supported_dtype(dtype, device)}
-    base = name
+    base, has_own = name, (Path(name) / "tokenizer_config.json").is_file()
     if (Path(name) / "adapter_config.json").is_file():
         from peft import PeftConfig, PeftModel
 
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
         lm = AutoModelForCausalLM.from_pretrained(resolve_model(base), **settings)
+        tokenizer = AutoTokenizer.from_pretrained(name if has_own else resolve_model(base), padding_side="left")
+        make_room(lm, len(tokenizer))  # for tokens that came with the adapter, which has their rows
         model: Any = PeftModel.from_pretrained(lm, name)
     else:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **settings)
-    has_own = (Path(name) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(name if has_own else resolve_model(base), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(name if has_own else resolve_model(base), padding_side="left")
     return model.eval().to(device), tokenizer
 
 

@@ -55,7 +55,8 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
         ) from error
     train, test = load_prompts(arguments, tokenizer)
     if arguments.trainer == "soft_sft":
-        train, test = (_with_completions(rows, tokenizer, arguments.dataset_name) for rows in (train, test))
+        thinks = training_args.think_tokens
+        train, test = (_with_completions(rows, tokenizer, arguments.dataset_name, thinks) for rows in (train, test))
     settings = {
         "model": name,
         "args": training_args,
@@ -91,13 +92,19 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
     return trainer
 
 
-def _with_completions(rows: Any, tokenizer: Any, dataset_name: str) -> Any:
-    """References as what TRL's SFTTrainer calls completions, where the data set has nothing else to train on."""
+def _with_completions(rows: Any, tokenizer: Any, dataset_name: str, as_text: bool = False) -> Any:
+    """References as what TRL's SFTTrainer calls completions, where the data set has nothing else to train on.
+
+    As text they can still be put between other tokens; TRL then ends them all.
+    """
     from softrl.cli.sft import encoded_references
 
     columns = set(rows.column_names)
     if "reference" not in columns or columns & {"completion", "messages", "text", "input_ids"}:
         return rows
+    if as_text:
+        firsts = [each if isinstance(each, str) else each[0] for each in rows["reference"]]
+        return rows.remove_columns("reference").add_column("completion", firsts)
 
     # Those of the openings are cut in mid-sentence, where nothing ends.
     return encoded_references(rows, tokenizer, dataset_name != BUILTIN_DATASET, dataset_name)

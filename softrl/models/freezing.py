@@ -17,6 +17,8 @@ def freeze(model: nn.Module, embeddings: bool = False, layers: int = 0) -> None:
     Raises:
         ValueError: more layers than there are; a model whose layers are not a list.
     """
+    if not embeddings and not layers:
+        return
     causal_lm: Any = unwrap(model)
     if embeddings:
         causal_lm.get_input_embeddings().requires_grad_(False)

@@ -77,7 +77,7 @@ def add_think_tokens(
     rows = model.get_input_embeddings().weight.shape[0]
     fresh = [index for index in ids if index >= min(rows, known)]
     all_old = range(min(rows, known))
-    _make_room(model, max(len(tokenizer), max(ids) + 1), pad_to_multiple_of)
+    make_room(model, max(len(tokenizer), max(ids) + 1), pad_to_multiple_of)
     _start_rows(model, list(range(rows, model.get_input_embeddings().weight.shape[0])), all_old)  # padding included
     _start_rows(model, fresh, all_old if like_ids is None else like_ids)
     return ThinkTokens(start, end, ids[0], ids[1], tuple(missing))
@@ -93,7 +93,7 @@ def _single_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return ids[0]
 
 
-def _make_room(model: Any, num_ids: int, pad_to_multiple_of: int | None) -> None:
+def make_room(model: Any, num_ids: int, pad_to_multiple_of: int | None = None) -> None:
     """Rows for so many ids; never fewer than there are. What transformers draws for them is replaced later."""
     if num_ids <= model.get_input_embeddings().weight.shape[0]:
         return

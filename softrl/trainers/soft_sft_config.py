@@ -9,8 +9,10 @@ from trl import SFTConfig
 from softrl.models.policy import Policy
 from softrl.objectives.token_terms import DirectTerms
 from softrl.tokens.guidance import GuidanceRule, GuidedRelaxation, guided
-from softrl.tokens.relaxation import RELAXATIONS
+from softrl.tokens.learned import SETTINGS
+from softrl.tokens.relaxation import RELAXATIONS, Relaxation
 from softrl.trainers.engines import load_whole_models
+from softrl.trainers.learned_settings import make_learned, with_learned
 from softrl.trainers.precision import bf16_by_default, checkpoint_without_reentry
 from softrl.trainers.relaxation_config import SoftTokenArguments
 
@@ -39,6 +41,22 @@ class SoftSFTConfig(SoftTokenArguments, SFTConfig):
             β of `+ β H` in the loss, nats a token; a number or a schedule.
         top_p, min_p (`float`, *optional*, default to `1.0` and `0.0`):
             Nucleus rules of a soft token.
+        learned_settings (`list[str]`, *optional*, defaults to `[]`):
+            What is learned of the relaxation, among `"temperature"`, `"max_entropy_nats"`, `"min_p"` and `"top_k"`.
+            The first three start from `relaxation_temperature`, `max_entropy_nats` and `min_p`, which is then no hard
+            rule any more. `top_k` stays the number of kept ids K, and a smooth top-k starts at K / 2. Needs a
+            relaxation that feeds mixtures, and feedback (`hops` other than 0). A step that feeds true tokens only does
+            not move them. Saved in `soft_decoding.json` as numbers; training from that folder goes on from them.
+        learned_settings_learning_rate (`float`, *optional*, defaults to `1e-2`):
+            Their learning rate, in a parameter group of its own that follows the scheduler too.
+        learned_settings_barrier (`float`, *optional*, defaults to `0.0`):
+            Weight of a log barrier in the loss that holds them off the ends where decoding becomes greedy.
+        soft_prefix_tokens (`int`, *optional*, defaults to `0`):
+            Train so many vectors before the prompt (PEFT's prompt tuning), and nothing else. Not beside an adapter.
+        think_tokens (`bool`, *optional*, defaults to `False`):
+            Add `<think>` and `</think>` to tokenizer and model, put the first behind every prompt and the second
+            behind every completion that has none, and train their rows, with LoRA too. The data need `prompt` and
+            `completion` as text. Saved is that generation thinks softly between them, from the beginning.
         freeze_embeddings (`bool`, *optional*, defaults to `False`):
             Keep the input embedding as it is, and a head that is tied to it.
         freeze_layers (`int`, *optional*, defaults to `0`):
@@ -73,6 +91,17 @@ class SoftSFTConfig(SoftTokenArguments, SFTConfig):
     top_k: str = field(default=16, metadata={"help": "Kept ids of a soft token (K)."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus mass of a soft token."})
     min_p: float = field(default=0.0, metadata={"help": "Smallest probability relative to the largest one."})
+    learned_settings: list[str] = field(
+        default_factory=list, metadata={"help": f"Learned settings of the relaxation, among {', '.join(SETTINGS)}."}
+    )
+    learned_settings_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of these settings."})
+    learned_settings_barrier: float = field(
+        default=0.0, metadata={"help": "Weight of the barrier that holds these settings off greedy decoding."}
+    )
+    soft_prefix_tokens: int = field(default=0, metadata={"help": "Train so many vectors before the prompt instead."})
+    think_tokens: bool = field(
+        default=False, metadata={"help": "Put <think> behind prompts and </think> behind completions."}
+    )
     freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the input embedding as it is."})
     freeze_layers: int = field(default=0, metadata={"help": "Keep so many of the first layers as they are."})
     max_skipped_steps: int = field(
@@ -98,9 +127,17 @@ class SoftSFTConfig(SoftTokenArguments, SFTConfig):
             raise ValueError(f"entropy_penalty must not be negative, got {self.entropy_penalty!r}")
         if self.guidance not in get_args(GuidanceRule):
             raise ValueError(f"guidance must be one of {get_args(GuidanceRule)}, got {self.guidance!r}")
-        for name, least in (("freeze_layers", 0), ("max_skipped_steps", 1)):
+        for name, least in (("freeze_layers", 0), ("max_skipped_steps", 1), ("soft_prefix_tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+        make_learned(self)  # raises
+        if self.think_tokens and (self.freeze_embeddings or self.soft_prefix_tokens):
+            name = "freeze_embeddings" if self.freeze_embeddings else "soft_prefix_tokens"
+            raise ValueError(
+                f"think_tokens trains the rows of its tokens, which {name}={getattr(self, name)} keeps as they are; "
+                "leave out one of the two"
+            )
 
     def _check_against_host(self) -> None:
         """Refuse what TRL's trainer would do to texts or to the loss that soft tokens do not go with."""
@@ -121,9 +158,12 @@ class SoftSFTConfig(SoftTokenArguments, SFTConfig):
         """The model as it is trained: at temperature 1, since the loss is on raw logits."""
         return Policy(model, 1.0, self.norm_correction)
 
-    def make_guided(self, step: int = 0, max_steps: int = 1) -> GuidedRelaxation:
-        """The guided relaxation at a step of the run."""
-        return guided(self.make_relaxation(step, max_steps), self.guidance)
+    def make_guided(self, step: int = 0, max_steps: int = 1, learned: Relaxation | None = None) -> GuidedRelaxation:
+        """The guided relaxation at a step of the run; `learned` has the settings that are learned, if any are."""
+        relaxation = self.make_relaxation(step, max_steps)
+        if learned is not None:
+            relaxation = with_learned(relaxation, learned, self.learned_settings)
+        return guided(relaxation, self.guidance)
 
     @property
     def is_detached(self) -> bool:

@@ -28,10 +28,12 @@ from softrl.estimators.system import Cotangents, ForwardPass
 from softrl.generation.soft_settings import Phase, SoftDecoding, save_soft_decoding
 from softrl.models.freezing import freeze
 from softrl.models.policy import check_policy, evaluation_mode
+from softrl.models.think_tokens import ThinkTokens
 from softrl.tokens.guidance import GuidedRelaxation, coin_amounts
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.tokens.truncation import Truncation
 from softrl.trainers._bridge import ForwardRedirection
+from softrl.trainers.announcing import between_think_tokens, with_soft_prefix, with_think_tokens, with_thoughts
 from softrl.trainers.batches import IndexedCollator, indexed_rows
 from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import (
@@ -44,6 +46,7 @@ from softrl.trainers.engines import (
     release_at_once,
     shards_parameters,
 )
+from softrl.trainers.learned_settings import LearnedSettingsMixin
 from softrl.trainers.loading import load_tokenizer, model_name, supported_dtype
 from softrl.trainers.metrics import MetricLog
 from softrl.trainers.model_card import CITATION
@@ -56,7 +59,7 @@ _COINS = 1  # of a text's random streams: 0 is the relaxation's
 _EVALUATION_STEP = -1  # random streams of evaluations are not those of any training step
 
 
-class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
+class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, LearnedSettingsMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning behind a model's own soft tokens, guided by the true ones.
 
@@ -67,7 +70,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
 
     Overrides of the host: `_set_signature_columns_if_needed`, `training_step` (timing only), `compute_loss`,
     `evaluate` (indexes rows), `evaluation_loop`, `log`, `save_model` and `_save` (with the model goes
-    `soft_decoding.json`, which says how it is to be decoded).
+    `soft_decoding.json`, which says how it is to be decoded), and those of the mixins.
 
     Example:
 
@@ -93,11 +96,13 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. If `None`, it is loaded from the model's name.
         callbacks, optimizers, quantization_config, peft_config:
-            As in [`~trl.SFTTrainer`].
+            As in [`~trl.SFTTrainer`]. `learned_settings` need the trainer's own optimizer; `soft_prefix_tokens` is the
+            adapter itself, and `think_tokens` goes with LoRA.
     """
 
     _tag_names = ("trl", "softrl", "soft-sft")
     _name = "SoftSFT"
+    think_tokens: ThinkTokens | None
     _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
 
     def __init__(
@@ -125,11 +130,18 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
             settings = dict(args.model_init_kwargs or {})
             settings["dtype"] = supported_dtype(settings.get("dtype", "float32"), args.device)
             args.model_init_kwargs = settings
+        source, self.think_tokens = model, None
+        if args.think_tokens:
+            model, peft_config, self.think_tokens = with_think_tokens(
+                args, model, processing_class, peft_config, quantization_config
+            )
+            quantization_config = None  # the model has it
+        peft_config = with_soft_prefix(args, model, peft_config)
         super().__init__(
             model,
             args,
-            train_dataset=indexed_rows(train_dataset, "train_dataset"),
-            eval_dataset=indexed_rows(eval_dataset, "eval_dataset"),
+            train_dataset=self._rows(train_dataset, "train_dataset"),
+            eval_dataset=self._rows(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -148,10 +160,14 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         self._redirect = ForwardRedirection()
         self._numbers = MetricLog()
         self._engine_is_ready = False
+        self.attach_learned_settings(source)
         self.last_evaluation: list[TextNLL] = []
         self._follow_schedules()
 
     # Data
+
+    def _rows(self, dataset: Any, name: str) -> Any:
+        return indexed_rows(with_thoughts(dataset, self.think_tokens, name), name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -189,10 +205,11 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         self.alpha = float(values["guidance_alpha"])
         self.true_token_probability = float(values["true_token_probability"])
         self.terms = args.terms(float(values["entropy_penalty"]))
-        self.relaxation = args.make_guided(step, max_steps)
+        self.relaxation = args.make_guided(step, max_steps, self.learned and self.learned.frozen())
         self.adjoint_settings = args.adjoint_settings(step, max_steps)
         changing = {name for name, schedule in args.schedules().items() if not schedule.is_constant}
-        return {name: float(value) for name, value in values.items() if name in changing | {"guidance_alpha"}}
+        logged = {name: float(value) for name, value in values.items() if name in changing | {"guidance_alpha"}}
+        return logged | self.learned_numbers()
 
     def compute_loss(
         self,
@@ -218,6 +235,9 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         loss = loss - loss.detach() - (per_token * texts.counted).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # the count is that of all processes
+        # Once a step; where the host counts no tokens it divides by the number of micro-batches itself.
+        parts = 1 if num_items_in_batch is None else getattr(self, "current_gradient_accumulation_steps", 1)
+        loss = loss + output.learned_term / parts
         self._record(inputs, texts, rollout, output, scheduled)
         return loss
 
@@ -231,18 +251,19 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         return guided_rollout(self.policy, texts, self.relaxation, amounts, self._random(indices, step))
 
     def _output(self, model: nn.Module, texts: SupervisedTexts, rollout: Rollout | None) -> "StepOutput":
-        unwrapped = self.accelerator.unwrap_model(model)
+        beside = partial(self.beside_learned_term, rollout is not None)
+        call = partial(self._redirect, model, self.accelerator.unwrap_model(model), beside)
         if rollout is None or self.args.is_detached:
-            plain = self._redirect(model, unwrapped, self._plain, texts, rollout)
-            return StepOutput(plain.value, plain.log_probs, plain.entropy)
+            plain, term = call(self._plain, texts, rollout)
+            return StepOutput(plain.value, plain.log_probs, plain.entropy, term)
         if self._shares_a_pass(rollout):
-            estimate, found = self._redirect(model, unwrapped, self._in_one_pass, rollout)
+            (estimate, found), term = call(self._in_one_pass, rollout)
         else:
             estimate = self._estimate(rollout)
-            found = self._redirect(model, unwrapped, self._surrogate, estimate)
+            found, term = call(self._surrogate, estimate)
         assert estimate.target_log_probs is not None
         log_probs, cotangents = estimate.target_log_probs, estimate.cotangents
-        return StepOutput(found.value, log_probs, rollout.entropy, cotangents, found.replay_error)
+        return StepOutput(found.value, log_probs, rollout.entropy, term, cotangents, found.replay_error)
 
     def _plain(self, texts: SupervisedTexts, rollout: Rollout | None) -> PlainOutput:
         return plain_pass(self.policy, texts, self.terms, rollout)
@@ -268,8 +289,10 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
         return surrogate(self.policy, self.live_relaxation(), estimate, self.terms, self.adjoint_settings, forward)
 
     def live_relaxation(self) -> GuidedRelaxation:
-        """What phase 3 differentiates; its base's settings may be tensors, which then get their gradient there."""
-        return self.relaxation
+        """What phase 3 differentiates: learned settings are tensors, which get their gradient there."""
+        if self.learned is None:
+            return self.relaxation
+        return self.args.make_guided(self.state.global_step, max(self.state.max_steps, 1), self.learned.relaxation())
 
     @torch.no_grad()
     def _record(
@@ -312,7 +335,7 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **settings: Any) -> dict[str, float]:
         if not isinstance(eval_dataset, str):
-            eval_dataset = indexed_rows(eval_dataset, "eval_dataset")
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *arguments, **settings)
 
     def evaluation_loop(
@@ -359,9 +382,10 @@ class SoftSFTTrainer(StepGuardMixin, CheckpointMixin, SFTTrainer):
 
     def _save_soft_decoding(self, folder: Path) -> None:
         """How the model is to be decoded: by the soft tokens that it was trained on last, without guidance."""
-        last = max(self.state.global_step - 1, 0)
-        relaxation = self.args.make_relaxation(last, max(self.state.max_steps, 1))
-        save_soft_decoding(SoftDecoding(Phase(relaxation), norm_correction=self.policy.norm_correction), folder)
+        last, learned = max(self.state.global_step - 1, 0), self.learned and self.learned.frozen()
+        relaxation = self.args.make_guided(last, max(self.state.max_steps, 1), learned).base
+        decoding = SoftDecoding(Phase(relaxation), norm_correction=self.policy.norm_correction)
+        save_soft_decoding(between_think_tokens(decoding, self.think_tokens), folder)
 
 
 @dataclass(frozen=True)
@@ -371,5 +395,6 @@ class StepOutput:
     value: Tensor
     log_probs: Tensor
     entropy: Tensor
+    learned_term: Tensor | float
     cotangents: Cotangents | None = None
     replay_error: Tensor | None = None
