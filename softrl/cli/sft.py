@@ -79,8 +79,9 @@ def _train(arguments: Any, args: Any, model_args: Any) -> int:
 
 
 def encoded_references(rows: Any, tokenizer: Any, append_eos: bool, name: str) -> Any:
-    """Token ids and labels, of the completion alone. TRL would end every text, also one that is cut, and split it anew;
-    and of ids it reads a `completion_mask` only where `completion_only_loss` is asked for.
+    """Token ids and labels, of the completion alone. TRL would end every text, also one that is cut, and split it anew.
+
+    Not a `completion_mask`, which TRL reads only where `completion_only_loss` is asked for.
     """
     from softrl.data.prompts import prompt_ids
     from softrl.data.supervised import IGNORED
