@@ -79,7 +79,7 @@ def _train(arguments: Any, args: Any, model_args: Any) -> int:
 
 
 def encoded_references(rows: Any, tokenizer: Any, append_eos: bool, name: str) -> Any:
-    """Token ids and labels, of the completion alone. TRL would end every text, also one that is cut, and split it anew.
+    """Token ids, and labels of the completion alone. TRL would end every text, also one that is cut, and split it.
 
     Not a `completion_mask`, which TRL reads only where `completion_only_loss` is asked for.
     """
