@@ -151,4 +151,4 @@ def test_the_shipped_recipe_is_read_and_its_settings_are_possible():
     config = load_config(find_study("soft-decoding"))
     SoftDecodingStudy(config).check()
     assert config.num_answers >= 200
-    assert len(config.runs()) == 1 + 2 * 3
+    assert len(config.runs()) == 1 + 3 * 3
