@@ -81,7 +81,15 @@ class SoftDecodingStudyConfig:
     notes: str = ""
 
     def runs(self, tunings: list[str] | None = None, seeds: list[int] | None = None) -> list["TuningRun"]:
-        """All runs, or those of some tunings and seeds: every tuning of a seed, then the next seed."""
+        """All runs, or those of some tunings and seeds: every tuning of a seed, then the next seed.
+
+        Raises:
+            ValueError: a tuning or a seed that the recipe does not have.
+        """
+        known = [tuning.name for tuning in self.tunings]
+        for kind, asked, there in (("tunings", tunings, known), ("seeds", seeds, self.seeds)):
+            if unknown := [each for each in asked or [] if each not in there]:
+                raise ValueError(f"{kind}: {unknown} are not in the recipe, which has {there}")
         wanted = self.seeds if seeds is None else seeds
         return [
             TuningRun(self, tuning, seed)

@@ -152,3 +152,6 @@ def test_the_shipped_recipe_is_read_and_its_settings_are_possible():
     SoftDecodingStudy(config).check()
     assert config.num_answers >= 200
     assert len(config.runs()) == 1 + 3 * 3
+    for asked in ({"tunings": ["hard sft"]}, {"seeds": [7]}):
+        with pytest.raises(ValueError, match=r"are not in the recipe, which has"):
+            config.runs(**asked)
