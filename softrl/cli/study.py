@@ -157,6 +157,8 @@ def _soft_decoding(given: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     study = SoftDecodingStudy(load_config(find_study(given.config), given.output_dir))
     command = f"softrl study soft-decoding --config {given.config}"
+    if given.output_dir is not None:
+        command += f" --output_dir {given.output_dir}"
     if not given.only_report:
         try:
             study.train(given.tunings, given.seeds)
