@@ -76,7 +76,7 @@ class Latent(nn.Module, ABC):
         """What cores are fed; differentiable in continuous values."""
 
 
-class _Codebook(Latent):
+class CodebookLatent(Latent):
     """Common part of latents that choose among K embeddings, rows of `codebook`."""
 
     def __init__(self, width: int, num_latents: int):
@@ -91,7 +91,7 @@ class _Codebook(Latent):
         return entropy(outputs.log_softmax(-1).flatten(0, -2)).view(outputs.shape[:-1])
 
 
-class DiscreteLatent(_Codebook):
+class DiscreteLatent(CodebookLatent):
     """One of K codes, `π = softmax(outputs)`.
 
     Args:
@@ -116,7 +116,7 @@ class DiscreteLatent(_Codebook):
         return nn.functional.embedding(values, self.codebook)
 
 
-class SoftLatent(_Codebook):
+class SoftLatent(CodebookLatent):
     """A mixture of K codes, `q = softmax((outputs + g)/τ)` with Gumbel noise g, or g = 0; values are log q.
 
     With noise it is the concrete distribution, and the density is that of log q; without, one value, whose log-density

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from softrl.models.branches import read_texts
 from softrl.models.heads import ValueHead
-from softrl.models.latents import Latent, make_latent
+from softrl.models.latents import CodebookLatent, make_latent
 from softrl.models.policy import Policy
 from softrl.models.reasoner_config import ReasonerConfig
 from softrl.models.reasoner_parts import ReaderCore, lm_head, log_mean_exp, projection
@@ -114,9 +114,9 @@ class ReasonerPreTrainedModel(PreTrainedModel):
             last = module.last if isinstance(module, MixingHead) else module.linear
             init.zeros_(last.weight)
             init.zeros_(last.bias)
-        elif isinstance(module, Latent) and hasattr(module, "codebook"):
+        elif isinstance(module, CodebookLatent):
             init.normal_(module.codebook, 0.0, 1.0)
-        elif isinstance(module, ReasonerForCausalLM) and hasattr(module, "start"):
+        elif isinstance(module, ReasonerForCausalLM) and module.config.use_reasoner:
             init.normal_(module.start, 0.0, 1.0)
 
 
@@ -125,8 +125,12 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
 
     Attributes:
         cores: by the letter of a group, each once: `num_parameters` and checkpoints count what is shared once.
-        latent: what is thought in.
+        latent: what is thought in; the model has no such part without a reasoner.
     """
+
+    mixing: Any
+    latent: Any
+    log_z: Any
 
     def __init__(self, config: ReasonerConfig):
         super().__init__(config)
@@ -211,8 +215,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         """
         if (uniforms is None) == (values is None):
             raise ValueError("think needs random numbers to draw latents with, or latents to score: pass one of them")
-        given = uniforms if values is None else values
-        num_thoughts, length = given.shape[2:4]
+        num_thoughts, length = (values if uniforms is None else uniforms).shape[2:4]
         anchors = self._anchors(texts, num_thoughts)
         before = texts.states[self.config.group_of("base_reasoner")]
         branches = before.handed_to(self._policy("reasoner")).branch(anchors)
@@ -223,7 +226,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         for index in range(length):
             hidden = branches.advance(fed)[:, :, -1].unflatten(1, shape[1:])
             outputs = self.latent_head(hidden)
-            value = draw(outputs, given[:, :, :, index]) if values is None else values[:, :, :, index]
+            value = values[:, :, :, index] if uniforms is None else draw(outputs, uniforms[:, :, :, index])
             embed = self.latent.embed(value)
             log_probs = self.latent.log_prob(outputs, value.detach())  # a constant: paths are `rsample`'s business
             steps.append((value, embed, outputs, log_probs, self.latent.entropy(outputs)))
@@ -258,7 +261,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         hidden = branches.advance(self.to_interpreter(embeds).flatten(1, 2))[:, :, -1]
         return hidden.unflatten(1, (-1, num_thoughts))
 
-    def talk(self, texts: ReadTexts, hidden: Float[Tensor, "N T S D"]) -> dict[str, Tensor | None]:
+    def talk(self, texts: ReadTexts, hidden: Float[Tensor, "N T S D"]) -> dict[str, Tensor]:
         """What is predicted after thoughts: `talk_log_probs` and its parts, see `ReasonerOutput`."""
         head = self.head if self.interpreter_head is None else self.interpreter_head
         of_thought = head(self.to_head(hidden)).log_softmax(-1)
@@ -303,7 +306,8 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: what `think` raises, or row_ids of another number of rows.
         """
-        texts, found = self.read(input_ids, attention_mask), {}
+        texts = self.read(input_ids, attention_mask)
+        found: dict[str, Tensor] = {}
         if self.config.use_reasoner:
             count = self.config.num_thoughts if num_thoughts is None else num_thoughts
             drawn = None if values is not None else self._drawn(texts, count, seed, row_ids)
@@ -322,9 +326,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
 
     def _drawn(self, texts: ReadTexts, count: int, seed: int | None, row_ids: list[int] | None) -> Tensor:
         if count < 1:
-            raise ValueError(
-                f"num_thoughts must be at least 1, got {count}; a model that does not think has use_reasoner=False"
-            )
+            raise ValueError(f"num_thoughts must be at least 1, got {count}; n_thought=0 thinks nothing")
         rows = list(range(len(texts.positions))) if row_ids is None else row_ids
         if len(rows) != len(texts.positions):
             raise ValueError(f"row_ids: expected one for each of {len(texts.positions)} texts, got {len(rows)}")
@@ -332,13 +334,13 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
             seed = int(torch.randint(2**62, ()))
         return self.uniforms(texts.positions, count, seed, rows)
 
-    def _of_thoughts(self, texts: ReadTexts, thoughts: LatentThoughts) -> dict[str, Tensor | None]:
+    def _of_thoughts(self, texts: ReadTexts, thoughts: LatentThoughts) -> dict[str, Tensor]:
         context = texts.hidden[self.config.group_of("base_reasoner")]
-        return {
+        found = {
             "thought_log_probs": thoughts.log_probs.sum(-1), "thought_entropy": thoughts.entropy.sum(-1),
             "thought_values": thoughts.values, "thought_embeds": thoughts.embeds, "context": context,
-            "log_z": None if self.log_z is None else self.log_z(context),
         }  # fmt: skip
+        return found if self.log_z is None else found | {"log_z": self.log_z(context)}
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **ignored: Any
@@ -349,7 +351,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
 
 def _scored(
     talk: Float[Tensor, "N T S V"], labels: Int[Tensor, "N T"], attention_mask: Tensor | None
-) -> dict[str, Tensor | None]:
+) -> dict[str, Tensor]:
     """Rewards of thoughts and the loss, of labels that are shifted here."""
     following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
     is_target = following != IGNORED

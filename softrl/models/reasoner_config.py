@@ -104,8 +104,8 @@ class ReasonerConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {get_args(names)}, got {getattr(self, name)!r}")
         if self.simple_lm_head and self.head_activation != "none":
             raise ValueError(
-                f"head_activation={self.head_activation!r} is between the two layers of a head, and simple_lm_head=True "
-                "has one; set simple_lm_head=False"
+                f"head_activation={self.head_activation!r} is between two layers of a head, and simple_lm_head=True has "
+                "one; set simple_lm_head=False"
             )
         self._check_sizes()
 
@@ -129,15 +129,15 @@ class ReasonerConfig(PreTrainedConfig):
             if len(set(sizes.values())) > 1:
                 described = ", ".join(f"{name} {size}" for name, size in sizes.items())
                 raise ValueError(
-                    f"weight_groups={self.weight_groups!r} lets modules of different sizes share weights: {described}; "
-                    "make the sizes equal, or give these modules different letters"
+                    f"weight_groups={self.weight_groups!r} lets modules of different sizes share weights: "
+                    f"{described}; make the sizes equal, or give these modules different letters"
                 )
         if self.core == "transformer":
             step = 2 * self.num_attention_heads
             if wrong := {name: size for name in self.modules if (size := self.size_of(name)) % step}:
                 raise ValueError(
-                    f"sizes of transformers must be multiples of 2 * num_attention_heads = {step}, got {wrong}; choose "
-                    "others, or fewer heads"
+                    f"sizes of transformers must be multiples of 2 * num_attention_heads = {step}, got {wrong}; "
+                    "choose others, or fewer heads"
                 )
 
     @property

@@ -3,7 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, PreTrainedConfig
 
 from softrl.models.gru import GRUConfig, GRUModel
 from softrl.models.reasoner_config import ReasonerConfig
@@ -27,7 +27,7 @@ class ReaderCore(nn.Module):
         return self.decoder
 
     @property
-    def config(self) -> GRUConfig | LlamaConfig:
+    def config(self) -> PreTrainedConfig:
         """The decoder's."""
         return self.decoder.config
 
