@@ -167,7 +167,8 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The interpreter's token embeddings: every model has one."""
-        return self.cores[self.config.group_of("interpreter")].get_input_embeddings()
+        core: Any = self.cores[self.config.group_of("interpreter")]
+        return core.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
         """None: heads may have two layers, and are not to be tied."""
