@@ -194,7 +194,7 @@ class Policy:
 
     def _scaled(self, logits: Float[Tensor, "M n"]) -> Float[Tensor, "M n"]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _model_logits(self.causal_lm.config.get_text_config(), logits) / self.temperature
+        return model_logits(self.causal_lm.config.get_text_config(), logits) / self.temperature
 
     def kept_logits(self, hidden: Float[Tensor, "M D"], ids: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         """Logits of the kept ids only, at the sampling temperature; M is the caller's chunk.
@@ -313,7 +313,7 @@ class Policy:
             )
 
 
-def _model_logits(config: object, logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+def model_logits(config: object, logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
     """What some causal LMs do to the head's output in their own forward."""
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale

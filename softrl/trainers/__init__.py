@@ -14,6 +14,8 @@ from softrl.trainers.reinforce_config import ReinforceConfig
 from softrl.trainers.reinforce_trainer import ReinforceTrainer
 from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.rollout_trainer import RolloutTrainer
+from softrl.trainers.soft_ar_config import SoftARTrainingConfig
+from softrl.trainers.soft_ar_trainer import SoftARTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 from softrl.trainers.soft_sft_config import SoftSFTConfig
@@ -33,6 +35,8 @@ __all__ = [
     "ReinforceTrainer",
     "RolloutConfig",
     "RolloutTrainer",
+    "SoftARTrainer",
+    "SoftARTrainingConfig",
     "SoftRolloutConfig",
     "SoftRolloutTrainer",
     "SoftSFTConfig",
