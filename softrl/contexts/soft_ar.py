@@ -9,8 +9,8 @@ slots come first and a window never asks for a position that the model has not.
 
 Output "tokens" keeps the model's head. Output "embedding" puts out one vector y a position (`distance_head`).
 
-Left out: transformers' cache arguments. Step by step decoding inside a window is `contexts/window_state.py`, which
-`Policy` finds by `new_state`; `model.generate` runs the whole history at every token.
+Left out: transformers' cache arguments. Step by step decoding with a cache inside the window is `window_state`,
+which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token.
 """
 
 import inspect
@@ -26,8 +26,9 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from softrl.contexts.distance_head import DistanceHead
 from softrl.contexts.soft_ar_config import Output, SoftARConfig
 from softrl.contexts.window import LearnedNormalisation, WindowLayout, Windows, windows
+from softrl.contexts.window_state import WindowState
 from softrl.models.policy import model_logits
-from softrl.models.state import positions
+from softrl.models.state import DecodeState, PrefixState, positions
 
 NO_MEMORY = -1  # of `memory_of`: a row that sees none
 _IGNORED = -100  # of labels, in transformers
@@ -63,6 +64,10 @@ class SoftARModel(SoftARPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
+
+    def new_state(self, mask: Bool[Tensor, "B P"], capacity: int, growing: bool = False) -> DecodeState:
+        """What decoding starts from; where gradients are to flow through it, the whole history at every step."""
+        return PrefixState(self, mask) if growing else WindowState(self, mask)
 
     def forward(
         self,
@@ -117,7 +122,7 @@ class SoftARModel(SoftARPreTrainedModel):
             slots, seen = slots[rows], seen[rows] & present[..., None] & (memory_of >= 0)[:, None, None]
         return slots + self.types(cut.kinds[:count]), seen
 
-    def types(self, kinds: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
+    def types(self, kinds: Int[Tensor, "*batch"] | int) -> Float[Tensor, "*batch D"]:
         """The learned vectors that say of what kind a place is; added to slots and to soft tokens only."""
         return self.place_types[kinds]
 
