@@ -59,8 +59,8 @@ def _blocks(arguments: TrainArguments, training_args: Any, tokenizer: Any) -> tu
         test = corpus_blocks(held_out, tokenizer, length)
     elif len(train) < 2:
         raise ValueError(
-            f"dataset_name={arguments.dataset_name!r} has one block of block_length_tokens={length}; it needs two, one "
-            "to hold out"
+            f"dataset_name={arguments.dataset_name!r} has one block of block_length_tokens={length}; it needs two, "
+            "one to hold out"
         )
     else:
         first = len(train) - max(len(train) // _HELD_OUT, 1)

@@ -64,7 +64,7 @@ def corpus_blocks(text: str, tokenizer: PreTrainedTokenizerBase, block_length_to
     Returns:
         A column `input_ids`, in the order of the text.
     Raises:
-        ValueError: a length out of range, a text that is too short, or characters that a tokenizer of characters lacks.
+        ValueError: a length out of range, a text that is too short, or characters that a tokenizer of them lacks.
     """
     length = block_length_tokens
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
