@@ -15,13 +15,21 @@ KEYWORDS_DATASET = "review-keywords"
 RANKINGS_DATASET = "review-rankings"
 TEXTS_DATASET = "review-texts"
 EMBEDDED_DATASETS = (BUILTIN_DATASET, KEYWORDS_DATASET, RANKINGS_DATASET, TEXTS_DATASET)
+# Of trainers of small models, whose model and tokenizer are made where model_name_or_path is "scratch".
+SCRATCH, SHAKESPEARE_CORPUS, POINTER_CORPUS = "scratch", "shakespeare", "pointer-chasing"
+CORPORA = (SHAKESPEARE_CORPUS, POINTER_CORPUS)
+FROM_SCRATCH = ("reasoner", "soft_ar")
+_ALL_BLOCKS = 100_000  # more than the corpus has
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
 TRAINERS = (
     "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "trl_rloo",
     "trl_grpo",
 )  # fmt: skip
 # They sample no completions of prompts, and what they read has its scores: their data sets by default.
-WITHOUT_REWARDS = {"listwise": RANKINGS_DATASET, "quietstar": TEXTS_DATASET, "soft_sft": TEXTS_DATASET}
+WITHOUT_REWARDS = {
+    "listwise": RANKINGS_DATASET, "quietstar": TEXTS_DATASET, "soft_sft": TEXTS_DATASET,
+    **dict.fromkeys(FROM_SCRATCH, SHAKESPEARE_CORPUS),
+}  # fmt: skip
 
 
 @dataclass
@@ -34,7 +42,8 @@ class DataArguments:
             `"review-openings"`, `"review-keywords"` (sentences to be written from their keywords),
             `"review-rankings"` (four sentences that begin alike, scored by the token-linear classifier; the default of
             `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"` and `"soft_sft"`), all
-            embedded; a hub name,
+            embedded; `"shakespeare"` (the works as one text; the default of trainers from scratch, as is
+            `"pointer-chasing"` for the asking); a hub name,
             a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a `prompt`
             column of texts or of conversations, which go through the tokenizer's chat template (a text file has one
             prompt a line). Rewards and metrics that compare need a column `reference`: a text, or a list of texts, as
@@ -135,6 +144,8 @@ def make_parser(prog: str = "softrl train", trainer: str = TRAINERS[0]) -> Any:
 
     parser = TrlParser((TrainArguments, config_class(trainer), ModelConfig), prog=prog, allow_abbrev=False)
     parser.set_defaults(model_name_or_path="smollm2-135m")
+    if trainer in FROM_SCRATCH:
+        parser.set_defaults(model_name_or_path=SCRATCH, num_train_prompts=_ALL_BLOCKS)
     if trainer in WITHOUT_REWARDS:
         parser.set_defaults(dataset_name=WITHOUT_REWARDS[trainer], reward_funcs=[], judge="none")
     parser.epilog = (

@@ -6,9 +6,12 @@ from typing import Any
 
 from softrl.cli.arguments import (
     BUILTIN_DATASET,
+    CORPORA,
     EMBEDDED_DATASETS,
+    FROM_SCRATCH,
     KEYWORDS_DATASET,
     RANKINGS_DATASET,
+    SCRATCH,
     TEXTS_DATASET,
     WITHOUT_REWARDS,
     DataArguments,
@@ -34,7 +37,6 @@ __all__ = [
 
 def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any) -> Any:
     """The trainer that a recipe describes: one of ours, or TRL's own on our rewards."""
-    from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from softrl.assets import resolve_model
@@ -46,19 +48,20 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
     if model_args.attn_implementation is not None:
         loading["attn_implementation"] = model_args.attn_implementation
     training_args.model_init_kwargs = {**loading, **(training_args.model_init_kwargs or {})}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=model_args.model_revision)
-    except OSError as error:
-        raise ValueError(
-            f"model_name_or_path={name!r} cannot be loaded ({str(error).splitlines()[0]}); pass 'smollm2-135m', a "
-            "local folder with a model and its tokenizer, or a hub name"
-        ) from error
-    train, test = load_prompts(arguments, tokenizer)
+    model: Any = name
+    if arguments.trainer in FROM_SCRATCH:
+        from softrl.cli.scratch import beginning
+
+        tokenizer = None if name == SCRATCH else _tokenizer(name, model_args.model_revision)
+        model, tokenizer, train, test = beginning(arguments, training_args, name, tokenizer)
+    else:
+        tokenizer = _tokenizer(name, model_args.model_revision)
+        train, test = load_prompts(arguments, tokenizer)
     if arguments.trainer == "soft_sft":
         thinks = training_args.think_tokens
         train, test = (_with_completions(rows, tokenizer, arguments.dataset_name, thinks) for rows in (train, test))
     settings = {
-        "model": name,
+        "model": model,
         "args": training_args,
         "train_dataset": train,
         "eval_dataset": test,
@@ -90,6 +93,18 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
 
         GradientStatisticsCallback().add_to(trainer)
     return trainer
+
+
+def _tokenizer(name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, padding_side="left", revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path={name!r} cannot be loaded ({str(error).splitlines()[0]}); pass 'smollm2-135m', a "
+            "local folder with a model and its tokenizer, or a hub name"
+        ) from error
 
 
 def _with_completions(rows: Any, tokenizer: Any, dataset_name: str, as_text: bool = False) -> Any:
@@ -188,6 +203,8 @@ def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
         parts = {"train": "reward", "test": "prompts"}
         train, test = (load_reviews(parts[split]).select(range(count)) for split, count in counts.items())
         return train.select_columns(["text"]), test.select_columns(["text"])
+    if name in CORPORA:
+        raise ValueError(f"dataset_name={name!r} is read by {', '.join(FROM_SCRATCH)} alone, in blocks of tokens")
     from softrl.data.files import read_data_set
 
     splits = read_data_set(name, EMBEDDED_DATASETS)
