@@ -22,8 +22,8 @@ FROM_SCRATCH = ("reasoner", "soft_ar")
 _ALL_BLOCKS = 100_000  # more than the corpus has
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
 TRAINERS = (
-    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "trl_rloo",
-    "trl_grpo",
+    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "soft_ar",
+    "trl_rloo", "trl_grpo",
 )  # fmt: skip
 # They sample no completions of prompts, and what they read has its scores: their data sets by default.
 WITHOUT_REWARDS = {
@@ -132,6 +132,7 @@ def config_class(trainer: str) -> type:
         "listwise": trainers.ListwisePreferenceConfig,
         "quietstar": trainers.QuietSTaRConfig,
         "soft_sft": trainers.SoftSFTConfig,
+        "soft_ar": trainers.SoftARTrainingConfig,
         "trl_rloo": trl_config.TrlRLOOConfig,
         "trl_grpo": trl_config.TrlGRPOConfig,
     }

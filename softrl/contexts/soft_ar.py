@@ -120,7 +120,17 @@ class SoftARModel(SoftARPreTrainedModel):
         if memory_of is not None:
             rows, present = memory_of.clamp(min=0), cut.mask[:, :, count:].any(-1)
             slots, seen = slots[rows], seen[rows] & present[..., None] & (memory_of >= 0)[:, None, None]
-        return slots + self.types(cut.kinds[:count]), seen
+        return self.memory(slots, seen)
+
+    def memory(
+        self, slots: Float[Tensor, "*batch M D"], seen: Bool[Tensor, "*batch M"]
+    ) -> tuple[Float[Tensor, "*batch M D"], Bool[Tensor, "*batch M"]]:
+        """Slots in the layout's order with their types, empty ones first: some models count how far back they look by
+        places, and an aggregate behind the segments is empty for longer than they are.
+        """
+        slots = slots + self.types(self.layout.kinds[: self.layout.num_slots].to(slots.device))
+        order = seen.long().argsort(dim=-1, stable=True)
+        return slots.gather(-2, order[..., None].expand_as(slots)), seen.gather(-1, order)
 
     def types(self, kinds: Int[Tensor, "*batch"] | int) -> Float[Tensor, "*batch D"]:
         """The learned vectors that say of what kind a place is; added to slots and to soft tokens only."""

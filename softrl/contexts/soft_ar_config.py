@@ -12,6 +12,7 @@ from softrl.contexts.window import WindowLayout
 
 Output = Literal["tokens", "embedding"]
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FOR_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # what `Policy` does to a head's output
 
 
@@ -30,6 +31,7 @@ class SoftARConfig(PreTrainedConfig):
     """
 
     model_type = "softrl_soft_ar"
+    __no_type_check__ = True  # jaxtyping's check of dataclasses, under pytest, knows no arguments beyond the fields
 
     backbone_config: dict[str, Any] | None = None
     window: dict[str, Any] | None = None
@@ -37,6 +39,7 @@ class SoftARConfig(PreTrainedConfig):
     distance_temperature: float = 0.2
     vocab_size: int | None = None
     hidden_size: int | None = None
+    num_hidden_layers: int | None = None
     tie_word_embeddings: bool | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -54,8 +57,8 @@ class SoftARConfig(PreTrainedConfig):
 
     def _take_from(self, backbone: PreTrainedConfig) -> None:
         """What this configuration does not say itself."""
-        names = ("vocab_size", "hidden_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-        for name in (*names, *_FOR_LOGITS):
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+        for name in (*names, *_SPECIAL, *_FOR_LOGITS):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(backbone, name, None))
 

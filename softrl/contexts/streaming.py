@@ -8,6 +8,8 @@ What rounding leaves behind in a sum that vectors enter and leave grows by 1e-16
 No gradients: this is for generation. Training reads whole histories by `window.windows`.
 """
 
+import copy
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -72,6 +74,13 @@ class StreamingWindow:
         row, place = (index.expand_as(position)[position >= 0] for index in (row, place))
         made._held[row, place] = rows[row, position[position >= 0]]
         return made
+
+    def select(self, rows: Int[Tensor, "M"]) -> "StreamingWindow":
+        """The windows of these rows, in this order, each with its own sums from now on."""
+        other, here = copy.copy(self), rows.cpu()
+        other._held, other._sums = self._held[rows], self._sums[rows]
+        other._lengths, other._starts = self._lengths[here], self._starts[here]
+        return other
 
     @property
     def lengths(self) -> Int[Tensor, "N"]:

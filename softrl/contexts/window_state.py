@@ -124,10 +124,9 @@ class WindowState(DecodeState):
         Rows with fewer tokens are padded before their slots: some models count how far back they look by places.
         """
         count, num_slots = int(self.filled.max()), self.layout.num_slots
-        slots, seen = self._started.slots()
+        slots, seen = self.decoder.memory(*self._started.slots())
         tokens, present = (each[:, :count] for each in self._started.tokens())
         tokens = torch.where(self.is_soft[:, :count, None], tokens + self._soft_type, tokens)
-        slots = slots + self.decoder.types(self.layout.kinds[:num_slots].to(slots.device))
         inputs, mask = torch.cat([slots, tokens], 1), torch.cat([seen, present], 1)
         source = torch.arange(num_slots + count, device=mask.device) - (count - self.filled)[:, None]
         mask = mask.gather(1, source.clamp(min=0)) & (source >= 0)

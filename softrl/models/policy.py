@@ -306,7 +306,7 @@ class Policy:
             )
 
 
-def model_logits(config: object, logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+def model_logits(config: object, logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
     """What some causal LMs do to the head's output in their own forward."""
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale

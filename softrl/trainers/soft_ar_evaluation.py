@@ -54,9 +54,7 @@ def read_texts(model: SoftARForCausalLM, texts: Texts, indices: list[int]) -> li
     with evaluating(model):
         for way, memory_of in ways.items():
             is_soft = torch.ones_like(texts.mask) if way == SOFT else None
-            scores = token_scores(
-                model, text_hidden(model, texts, is_soft, memory_of), texts.ids, SoftARObjective()
-            )
+            scores = token_scores(model, text_hidden(model, texts, is_soft, memory_of), texts.ids, SoftARObjective())
             for row, text in enumerate(made):
                 text.nll[way] = scores.nll[row][counted[row]].tolist()
                 text.hits[way] = scores.hits[row][counted[row]].float().tolist()

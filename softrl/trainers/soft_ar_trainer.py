@@ -157,7 +157,7 @@ class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         """Uniform numbers [N, count] keyed by seed, step and text."""
         key = (self.args.seed, self.state.global_step)
         seeds = [sequence_seed(*key, row[INDEX_COLUMN], *stream) for row in rows]
-        return SequenceRandom(seeds, self.accelerator.device).exponential(count, torch.float64).neg().exp()
+        return SequenceRandom(seeds, self.accelerator.device).uniform(count)
 
     # Training
 
