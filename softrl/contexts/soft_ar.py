@@ -88,8 +88,8 @@ class SoftARModel(SoftARPreTrainedModel):
                 window; there they get its type.
             soft_embeds: what is fed in their place there; elsewhere they have collapsed into what the history says.
                 None: the same.
-            memory_of: the row whose memory slots each row sees, its own by default; `NO_MEMORY` for none. The controls of
-                an evaluation, and what leaves out memory in training.
+            memory_of: the row whose memory slots each row sees, its own by default; `NO_MEMORY` for none. For the
+                controls of an evaluation, and for training without memory.
             use_cache: ignored; there is no cache here.
         Returns:
             `last_hidden_state`, shape (N, n, D), 0 at padding.
@@ -182,7 +182,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
     Example:
 
     ```python
-    >>> model = SoftARForCausalLM.from_backbone(lm, WindowLayout(num_segments=2, segment_tokens=32, num_hard=64, num_soft=0))
+    >>> layout = WindowLayout(num_segments=2, segment_tokens=32, num_hard=64, num_soft=0)
+    >>> model = SoftARForCausalLM.from_backbone(lm, layout)
     >>> model(input_ids).logits  # of a history of any length
     ```
     """

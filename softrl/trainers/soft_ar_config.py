@@ -138,8 +138,8 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
         _ = self.layout, self.objective  # they raise on what is out of range, before a model is loaded
         if self.gradient_checkpointing:
             raise ValueError(
-                "gradient_checkpointing=True is not for windows; turn it off, and lower per_device_train_batch_size or "
-                "block_length_tokens to save memory"
+                "gradient_checkpointing=True is not for windows; turn it off, and lower per_device_train_batch_size "
+                "or block_length_tokens to save memory"
             )
         for name, allowed in (("core", CORES), ("output", get_args(Output))):
             if getattr(self, name) not in allowed:

@@ -127,8 +127,8 @@ class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         check_engine(self.accelerator)
         if shards_parameters(self.accelerator):
             raise ValueError(
-                f"SoftARTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} here "
-                "shards parameters, and texts that reach different numbers of windows would call them unequally often"
+                f"SoftARTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} "
+                "here shards parameters, and a head that reads the embedding finds it outside of its module's call"
             )
         self.model_accepts_loss_kwargs = False
 

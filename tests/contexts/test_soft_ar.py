@@ -1,6 +1,7 @@
 """softAR models against windows that are built by hand, one at a time, and against the language model inside."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def by_hand(model, x, position, memory=None, soft=None, soft_x=None):
     memory = x if memory is None else memory
     cuts = [max(start - k * layout.segment_tokens, 0) for k in range(layout.num_segments, -1, -1)]
     slots = [(0, memory[: cuts[0]])] if layout.aggregate else []
-    segments = [(1 + s, memory[first:last]) for s, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False))]
+    segments = [(1 + s, memory[first:last]) for s, (first, last) in enumerate(pairwise(cuts))]
     slots = segments + slots if layout.order[0] == "segments" else slots + segments
     fed = [each.mean(0) + model.model.place_types[kind] for kind, each in slots if len(each)]
     for place, t in enumerate(range(start, position + 1)):
