@@ -22,8 +22,8 @@ FROM_SCRATCH = ("reasoner", "soft_ar")
 _ALL_BLOCKS = 100_000  # more than the corpus has
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
 TRAINERS = (
-    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "trl_rloo",
-    "trl_grpo",
+    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "reasoner",
+    "trl_rloo", "trl_grpo",
 )  # fmt: skip
 # They sample no completions of prompts, and what they read has its scores: their data sets by default.
 WITHOUT_REWARDS = {
@@ -87,7 +87,8 @@ class TrainArguments(DataArguments):
             `"soft_rollout"`, `"reinforce"` (and its `estimator`), `"ppo"`, `"text_gan"` and `"reinforce_gan"` (whose
             `reward_funcs` name `"discriminator"`; the data set needs a column `reference`), `"listwise"` (on ranked
             completions in the data set; neither rewards nor a judge), `"quietstar"` (thoughts, on plain text; neither,
-            too), `"soft_sft"` (supervised, behind soft tokens; neither, too), or TRL's own `"trl_rloo"` and
+            too), `"soft_sft"` (supervised, behind soft tokens; neither, too), `"reasoner"` (a small model from scratch
+            that thinks in latents; neither, too), or TRL's own `"trl_rloo"` and
             `"trl_grpo"` on the same data and rewards. Keys of another trainer are ignored, and named.
         gradient_statistics (`bool`, *optional*, defaults to `False`):
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
@@ -132,6 +133,7 @@ def config_class(trainer: str) -> type:
         "listwise": trainers.ListwisePreferenceConfig,
         "quietstar": trainers.QuietSTaRConfig,
         "soft_sft": trainers.SoftSFTConfig,
+        "reasoner": trainers.ReasonerTrainingConfig,
         "trl_rloo": trl_config.TrlRLOOConfig,
         "trl_grpo": trl_config.TrlGRPOConfig,
     }

@@ -83,6 +83,7 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
             "listwise": "ListwisePreferenceTrainer",
             "quietstar": "QuietSTaRTrainer",
             "soft_sft": "SoftSFTTrainer",
+            "reasoner": "ReasonerTrainer",
         }
         trainer_class = getattr(trainers, ours[arguments.trainer])
         if arguments.trainer not in WITHOUT_REWARDS:
@@ -255,7 +256,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    from softrl.trainers import ListwisePreferenceConfig, QuietSTaRConfig, RolloutConfig, SoftSFTConfig
+    from softrl import trainers
     from softrl.trainers.checkpoints import latest_checkpoint
 
     wanted = training_args.resume_from_checkpoint
@@ -266,8 +267,11 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder; pass one, or 'latest'")
         return str(wanted)
     folder = training_args.output_dir
-    ours = isinstance(training_args, RolloutConfig | ListwisePreferenceConfig | QuietSTaRConfig | SoftSFTConfig)
-    newest = latest_checkpoint if ours else get_last_checkpoint  # TRL's have no list
+    ours = (
+        trainers.RolloutConfig, trainers.ListwisePreferenceConfig, trainers.QuietSTaRConfig, trainers.SoftSFTConfig,
+        trainers.ReasonerTrainingConfig,
+    )  # fmt: skip
+    newest = latest_checkpoint if isinstance(training_args, ours) else get_last_checkpoint  # TRL's have no list
     last = newest(folder) if Path(folder).is_dir() else None
     if last is None:
         raise ValueError(f"resume_from_checkpoint={wanted!r}, but {folder} holds no checkpoint to resume from")
