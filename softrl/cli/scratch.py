@@ -135,6 +135,13 @@ def _soft_ar(training_args: Any, tokenizer: Any) -> Any:
     return seeded(lambda: GRUForCausalLM(config), training_args.seed)
 
 
+def _reasoner(training_args: Any, tokenizer: Any) -> Any:
+    from softrl.models.reasoner import ReasonerForCausalLM
+
+    config = training_args.model_config(len(tokenizer), **special_ids(tokenizer))
+    return seeded(lambda: ReasonerForCausalLM(config), training_args.seed)
+
+
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
     """Of a model's configuration."""
     return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -149,4 +156,4 @@ def seeded(make: Any, seed: int) -> Any:
         return make()
 
 
-_MODELS = {"soft_ar": _soft_ar}
+_MODELS = {"reasoner": _reasoner, "soft_ar": _soft_ar}

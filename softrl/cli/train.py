@@ -84,6 +84,7 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
             "quietstar": "QuietSTaRTrainer",
             "soft_sft": "SoftSFTTrainer",
             "soft_ar": "SoftARTrainer",
+            "reasoner": "ReasonerTrainer",
         }
         trainer_class = getattr(trainers, ours[arguments.trainer])
         if arguments.trainer not in WITHOUT_REWARDS:
@@ -204,6 +205,13 @@ def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
         parts = {"train": "reward", "test": "prompts"}
         train, test = (load_reviews(parts[split]).select(range(count)) for split, count in counts.items())
         return train.select_columns(["text"]), test.select_columns(["text"])
+    if name == SHAKESPEARE_CORPUS and getattr(arguments, "trainer", None) not in WITHOUT_REWARDS:
+        from softrl.data.characters import shakespeare
+        from softrl.data.corpus import corpus_prompts
+
+        length = arguments.prompt_length_tokens
+        train, test = (corpus_prompts(shakespeare(split), tokenizer, length, count) for split, count in counts.items())
+        return train, test
     if name in CORPORA:
         raise ValueError(f"dataset_name={name!r} is read by {', '.join(FROM_SCRATCH)} alone, in blocks of tokens")
     from softrl.data.files import read_data_set
@@ -269,7 +277,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     folder = training_args.output_dir
     ours = (
         trainers.RolloutConfig, trainers.ListwisePreferenceConfig, trainers.QuietSTaRConfig, trainers.SoftSFTConfig,
-        trainers.SoftARTrainingConfig,
+        trainers.SoftARTrainingConfig, trainers.ReasonerTrainingConfig,
     )  # fmt: skip
     newest = latest_checkpoint if isinstance(training_args, ours) else get_last_checkpoint  # TRL's have no list
     last = newest(folder) if Path(folder).is_dir() else None

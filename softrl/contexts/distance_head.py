@@ -4,6 +4,7 @@ So that a model whose output is an embedding can be sampled from, and trained by
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ class DistanceHead(nn.Module):
         super().__init__()
         self.projection = nn.Linear(width, width)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        self._embedding = (embedding,)  # in a tuple, which torch does not look into for submodules
+        self._embedding: tuple[Any] = (embedding,)  # in a tuple, which torch does not look into for submodules
 
     @property
     def embeddings(self) -> Float[Tensor, "V D"]:

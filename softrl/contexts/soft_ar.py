@@ -217,7 +217,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         """
         window = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
         config = SoftARConfig(backbone_config=lm.config.to_dict(), window=window, output=output, **settings)
-        model = cls(config).to(dtype=lm.dtype, device=lm.device)
+        model: Any = cls(config)
+        model.to(dtype=lm.dtype, device=lm.device)
         model.model.backbone.load_state_dict(lm.base_model.state_dict())
         if output == "tokens":
             model.lm_head.load_state_dict(lm.get_output_embeddings().state_dict())

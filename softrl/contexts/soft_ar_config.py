@@ -48,7 +48,7 @@ class SoftARConfig(PreTrainedConfig):
     logits_scaling: float | None = None
     final_logit_softcapping: float | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.backbone_config is not None:
             self.backbone_config = {k: v for k, v in self.backbone_config.items() if k not in ("dtype", "torch_dtype")}
             self._take_from(self.backbone)

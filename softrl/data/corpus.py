@@ -79,6 +79,26 @@ def corpus_blocks(text: str, tokenizer: PreTrainedTokenizerBase, block_length_to
     return Dataset.from_dict({"input_ids": ids[: count * length].reshape(count, length)})
 
 
+def corpus_prompts(
+    text: str, tokenizer: PreTrainedTokenizerBase, prompt_length_tokens: int, count: int
+) -> Dataset:
+    """Passages of a corpus to go on from, spread evenly over it.
+
+    Args:
+        text, tokenizer: as `corpus_blocks`.
+        prompt_length_tokens: of each passage, from 2.
+        count: how many there are at most.
+    Returns:
+        A column `prompt`, the passages as text.
+    Raises:
+        ValueError: as `corpus_blocks`.
+    """
+    blocks = corpus_blocks(text, tokenizer, prompt_length_tokens)
+    number = min(count, len(blocks))
+    chosen = blocks.select([index * len(blocks) // number for index in range(number)])
+    return Dataset.from_dict({"prompt": tokenizer.batch_decode(chosen["input_ids"])})
+
+
 def corpus_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """A corpus's token ids, int64 [length], from the cache where it has been read with this tokenizer before."""
     if reads_characters(tokenizer):

@@ -10,6 +10,8 @@ from softrl.trainers.ppo_config import PPOConfig
 from softrl.trainers.ppo_trainer import PPOTrainer
 from softrl.trainers.quietstar_config import QuietSTaRConfig
 from softrl.trainers.quietstar_trainer import QuietSTaRTrainer
+from softrl.trainers.reasoner_config import ReasonerTrainingConfig
+from softrl.trainers.reasoner_trainer import ReasonerTrainer
 from softrl.trainers.reinforce_config import ReinforceConfig
 from softrl.trainers.reinforce_trainer import ReinforceTrainer
 from softrl.trainers.rollout_config import RolloutConfig
@@ -29,6 +31,8 @@ __all__ = [
     "PPOTrainer",
     "QuietSTaRConfig",
     "QuietSTaRTrainer",
+    "ReasonerTrainer",
+    "ReasonerTrainingConfig",
     "ReinforceConfig",
     "ReinforceGANConfig",
     "ReinforceGANTrainer",
