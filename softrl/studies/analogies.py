@@ -217,6 +217,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             )  # fmt: skip
         axis.set_ylabel("accuracy@1, ± 1 standard error")
         axis.set_title(f"{embeddings} embeddings", loc="left", fontsize=10)
+        axis.set_ylim(0.0, 1.15)  # room for the legend
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(ncols=len(METHODS), fontsize=8)
     axes[1].set_xticks(range(len(categories)), categories)
