@@ -39,7 +39,9 @@ def tiny(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", [[], ["--output", "embedding", "--core", "gru", "--tokenizer", "300", "--block_length_tokens", "20"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--output", "embedding", "--core", "gru", "--tokenizer", "300", "--block_length_tokens", "20"]]
+)
 def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
     assert main([*tiny, *extra]) == 0
     out = capsys.readouterr().out
