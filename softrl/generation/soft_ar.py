@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softrl.contexts.soft_ar import SoftARForCausalLM
 from softrl.contexts.window_state import WindowState
-from softrl.generation.nearest import nearest_tokens
+from softrl.models.nearest import nearest_tokens
 from softrl.generation.next_token import NextToken
 from softrl.masking import is_any_of
 from softrl.models.policy import Policy, evaluating
