@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
-from softrl.estimators.latent_thoughts import LatentObjective
+from softrl.estimators.latent_objective import LatentObjective
 from softrl.estimators.thought_base import ThoughtRule
 from softrl.estimators.thought_rules import THOUGHT_RULES, make_thought_rule
 from softrl.estimators.thought_sets import Ranking, SetRule
@@ -83,8 +83,8 @@ class ReasonerTrainingConfig(BaseConfig):
             Thoughts after each token (S).
         policy_weight (`float`, *optional*, defaults to `1.0`):
             Of the rule's loss; 0 is a control: thoughts stay as they began. With `"reparameterised"` 0 or 1.
-        base_weight (`float`, *optional*, defaults to `1.0`):
-            Of the base LM's own loss.
+        base_weight, interpreter_weight (`float`, *optional*, default to `1.0`):
+            Of the base LM's and the interpreter's own losses, beside that of their mixture.
         reward_from (`str`, *optional*, defaults to `"data"`):
             `"data"`: the log-likelihood of the true next token. `"proxy"`: the expectation of log D under what is
             predicted, D being `proxy_model`, a frozen language model with the same tokenizer.
@@ -162,6 +162,7 @@ class ReasonerTrainingConfig(BaseConfig):
     num_thoughts: int = field(default=4, metadata={"help": "Thoughts after each token (S)."})
     policy_weight: float = field(default=1.0, metadata={"help": "Weight of the rule's loss."})
     base_weight: float = field(default=1.0, metadata={"help": "Weight of the base LM's own loss."})
+    interpreter_weight: float = field(default=1.0, metadata={"help": "Weight of the interpreter's own loss."})
     reward_from: str = field(
         default="data", metadata={"help": "What thoughts are scored by.", "choices": list(get_args(RewardFrom))}
     )
@@ -252,7 +253,10 @@ class ReasonerTrainingConfig(BaseConfig):
         beta = self.beta
         if beta is None:
             beta = 1.0 if self.reward_from == "proxy" else 0.0
-        weights = {"base_weight": self.base_weight, "policy_weight": self.policy_weight}
+        weights = {
+            "base_weight": self.base_weight, "interpreter_weight": self.interpreter_weight,
+            "policy_weight": self.policy_weight,
+        }  # fmt: skip
         if name is None:
             return LatentObjective(None, beta, self.beta_2 or 0.0, **weights)
         rule = make_thought_rule(name, settings)

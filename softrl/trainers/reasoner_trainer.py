@@ -1,6 +1,6 @@
 """`ReasonerTrainer`: a language model that thinks in latents, trained on plain text, from scratch or further.
 
-The maths is in `estimators.latent_thoughts`, the model in `models.reasoner`. Left out: engines that shard parameters.
+The maths is in `estimators.latent_objective`, the model in `models.reasoner`. Left out: engines that shard parameters.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from softrl.assets import resolve_model
 from softrl.data.texts import INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
-from softrl.estimators.latent_thoughts import LatentExtras, latent_loss
+from softrl.estimators.latent_objective import LatentExtras, latent_loss
 from softrl.models.policy import evaluating
 from softrl.models.reasoner import IGNORED, ReasonerForCausalLM, ReasonerOutput
 from softrl.tokens.noise import SequenceRandom, sequence_seed
@@ -226,7 +226,8 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
         found = latent_loss(output, self.objective, self.extras(output, batch))
         with torch.no_grad():
             numbers = self._numbers(output) | {
-                "loss/base": -found.base, "loss/talk": -found.talk, "loss/policy": found.policy,
+                "loss/base": -found.base, "loss/interpreter": -found.interpreter, "loss/talk": -found.talk,
+                "loss/policy": found.policy,
                 "reward": found.rewards.sum() / max(found.rewards.numel(), 1),
                 "reward_std": found.rewards.std(-1, unbiased=False).sum() / max(len(found.rewards), 1),
             }  # fmt: skip

@@ -26,16 +26,17 @@ from softrl.tokens.divergences import entropy
 
 @dataclass(frozen=True)
 class LatentObjective:
-    """What is minimised: `−(b · base + talk) + p · policy − β₂ · entropy`, each a mean over anchors.
+    """What is minimised: `−(b · base + i · interpreter + talk) + p · policy − β₂ · entropy`, each a mean over anchors.
 
-    `base` is R of the base LM's prediction, `talk` R of the mixed ones, weighted as the rule says, `policy` the rule's
-    losses, `entropy` that of thoughts, Σ_i H[π(h_i | h_<i, x)].
+    `base` is R of the base LM's prediction, `interpreter` that of the interpreter's, `talk` R of the mixed ones,
+    weighted as the rule says, `policy` the rule's losses, `entropy` that of thoughts, Σ_i H[π(h_i | h_<i, x)]. Mixed
+    ones alone teach whoever predicts worse ever less, until the mixture leaves it out.
 
     Args:
         rule: how the reasoner learns; None: by reparameterised thoughts alone.
         beta: β, weight of H[π(y | h, x)].
         beta_2: β₂. Of several latents a thought, its gradient leaves out what earlier ones do to later ones' entropy.
-        base_weight, policy_weight: b, p.
+        base_weight, interpreter_weight, policy_weight: b, i, p; the former two only where there is a mixture.
     Raises:
         ValueError: a negative weight.
     """
@@ -44,10 +45,11 @@ class LatentObjective:
     beta: float = 0.0
     beta_2: float = 0.0
     base_weight: float = 1.0
+    interpreter_weight: float = 1.0
     policy_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beta", "beta_2", "base_weight", "policy_weight"):
+        for name in ("beta", "beta_2", "base_weight", "interpreter_weight", "policy_weight"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
@@ -79,6 +81,7 @@ class LatentLoss:
 
     loss: Float[Tensor, ""]
     base: Float[Tensor, ""]
+    interpreter: Float[Tensor, ""]
     talk: Float[Tensor, ""]
     policy: Float[Tensor, ""]
     entropy: Float[Tensor, ""]
@@ -121,17 +124,22 @@ def latent_loss(output: ReasonerOutput, objective: LatentObjective, extras: Late
     assert at is not None
     assert targets is not None
     assert output.talk_log_probs is not None
-    count = output.talk_log_probs.shape[2]
     proxy = None if extras.log_proxy is None else extras.log_proxy[at]
-    rewards = predicted_value(
-        output.talk_log_probs[at], targets[at][:, None].expand(-1, count), objective.beta,
-        None if proxy is None else proxy[:, None],
-    )  # fmt: skip
+
+    def value(log_probs: Tensor) -> Tensor:
+        """R of predictions [M, S, V]."""
+        true = targets[at][:, None].expand(log_probs.shape[:2])
+        return predicted_value(log_probs, true, objective.beta, None if proxy is None else proxy[:, None])
+
+    rewards = value(output.talk_log_probs[at])
     nothing = rewards.new_zeros(())
-    base = nothing
+    base = interpreter = policy = spread = nothing
     if output.base_log_probs is not None:
-        base = _mean(predicted_value(output.base_log_probs[at], targets[at], objective.beta, proxy))
-    talk, policy, spread = _mean(rewards.mean(-1)), nothing, nothing
+        assert output.interpreter_log_probs is not None
+        base = _mean(value(output.base_log_probs[at][:, None])[:, 0])
+        if objective.interpreter_weight > 0.0:
+            interpreter = _mean(value(output.interpreter_log_probs[at]).mean(-1))
+    talk = _mean(rewards.mean(-1))
     if output.thought_log_probs is not None and output.thought_values is not None and output.thought_values.shape[3]:
         assert output.thought_entropy is not None
         spread = _mean(output.thought_entropy[at].mean(-1))
@@ -139,10 +147,11 @@ def latent_loss(output: ReasonerOutput, objective: LatentObjective, extras: Late
             scored = scored_thoughts(output, rewards, extras)
             talk = _mean((objective.rule.talk_weights(scored) * rewards).sum(-1))
             policy = _mean(objective.rule.thought_losses(scored))
-    loss = objective.policy_weight * policy - talk - objective.base_weight * base
+    loss = objective.policy_weight * policy - talk
+    loss = loss - objective.base_weight * base - objective.interpreter_weight * interpreter
     if objective.beta_2 > 0.0:
         loss = loss - objective.beta_2 * spread
-    return LatentLoss(loss, base, talk, policy, spread, rewards.detach())
+    return LatentLoss(loss, base, interpreter, talk, policy, spread, rewards.detach())
 
 
 def scored_thoughts(output: ReasonerOutput, rewards: Float[Tensor, "M S"], extras: LatentExtras) -> ScoredThoughts:
