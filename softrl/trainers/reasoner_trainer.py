@@ -4,7 +4,7 @@ The maths is in `estimators.latent_objective`, the model in `models.reasoner`. L
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from softrl.assets import resolve_model
 from softrl.data.texts import INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
 from softrl.estimators.latent_objective import LatentExtras, latent_loss
+from softrl.estimators.latent_thoughts import searched_thoughts
 from softrl.models.policy import evaluating
 from softrl.models.reasoner import IGNORED, ReasonerForCausalLM, ReasonerOutput
 from softrl.tokens.noise import SequenceRandom, sequence_seed
@@ -223,7 +224,10 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
         """
         model = self.accelerator.unwrap_model(self.model)
         output = self.passed(model, batch, self.state.global_step)
-        found = latent_loss(output, self.objective, self.extras(output, batch))
+        extras = self.extras(output, batch)
+        if self.thinks and self.objective.searches:
+            extras = replace(extras, elite_log_probs=self._elite_log_probs(model, output, batch))
+        found = latent_loss(output, self.objective, extras)
         with torch.no_grad():
             numbers = self._numbers(output) | {
                 "loss/base": -found.base, "loss/interpreter": -found.interpreter, "loss/talk": -found.talk,
@@ -249,6 +253,15 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
             reparameterised=self.objective.reparameterises and not evaluates and self.thinks,
             with_logits=evaluates,
         )  # fmt: skip
+
+    def _elite_log_probs(self, model: ReasonerForCausalLM, output: ReasonerOutput, batch: TextBatch) -> Tensor:
+        """log π of the best latents after every token, [N, T, E]."""
+        search, targets = self.objective.search, output.targets
+        assert search is not None
+        assert targets is not None
+        seed = sequence_seed(self.args.seed, self.state.global_step, _DRAWS)
+        found = searched_thoughts(model, batch.ids, batch.mask, targets, search, seed, batch.indices)
+        return model.think(model.read(batch.ids, batch.mask), values=found.values).log_probs.sum(-1)
 
     @torch.no_grad()
     def extras(self, output: ReasonerOutput, batch: TextBatch) -> LatentExtras:
