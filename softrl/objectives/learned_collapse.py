@@ -4,7 +4,7 @@ On hard text: the state before every token, and that token's embedding as the ta
 checkpoints, evaluation and several processes; it is minutes of training, and the head is a plain module.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -36,7 +36,7 @@ def collapse_errors(policy: Policy, head: LearnedCollapse, texts: Texts) -> Floa
 
 
 def fit_collapse(
-    policy: Policy, head: LearnedCollapse, batches: Iterable[Texts], learning_rate: float = 1e-3
+    policy: Policy, head: LearnedCollapse, batches: Sequence[Texts], learning_rate: float = 1e-3
 ) -> list[float]:
     """One Adam step on each batch; the mean squared error a token before each.
 
@@ -44,12 +44,11 @@ def fit_collapse(
         policy: stays as it is.
         head: is changed in place.
         batches: texts, padded on the right.
-        learning_rate: of Adam; it falls linearly to 0 where batches have a length.
+        learning_rate: of Adam; it falls linearly to 0.
     Raises:
         ValueError: padding on the left.
     """
     optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
-    total = len(batches) if hasattr(batches, "__len__") else None
     means = []
     with frozen(policy.model):
         for number, texts in enumerate(batches):
@@ -58,7 +57,7 @@ def fit_collapse(
             optimizer.zero_grad()
             loss.backward()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * (1.0 - number / total if total else 1.0)
+                group["lr"] = learning_rate * (1.0 - number / len(batches))
             optimizer.step()
             means.append(loss.item())
     return means
