@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from softrl.assets import write_atomically
-from softrl.contexts.algebra import accuracy, combine, nearest_ids, ranks
+from softrl.contexts.algebra import accuracy, analogies, combine, nearest_ids, ranks
 from softrl.data.word_pairs import WORD_PAIRS
 from softrl.models.nearest import Metric
 from softrl.models.policy import Policy
@@ -124,6 +124,8 @@ def _measure(
     items, of_pairs = _items(ids)
     a, a_star, b, answers = items.T
     generator = torch.Generator().manual_seed(seed)
+    if method == "a*-a+b":
+        return of_pairs, analogies(table, items, metric)[None]
     found = []
     for _ in range(_RANDOM_DRAWS if method == "b+random" else 1):
         if method == "b+random":
@@ -131,8 +133,6 @@ def _measure(
             random = torch.randn(offset.shape, generator=generator)
             scaled = random * (offset.norm(dim=-1) / random.norm(dim=-1))[:, None]
             vectors = combine(torch.stack([table[b], scaled], 1))
-        elif method == "a*-a+b":
-            vectors = combine(table[torch.stack([a_star, b], 1)], table[a[:, None]])
         else:
             vectors = table[b if method == "b alone" else a_star]
         found.append(ranks(table, vectors, answers, items[:, :3], metric))
