@@ -205,7 +205,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ValueError(
-            f"another sweep is running in {folder}; wait for it, or choose another --output_dir"
+            f"a sweep is running in {folder}; wait for it, or choose another --output_dir"
         ) from error
     try:
         yield

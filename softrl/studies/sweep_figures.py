@@ -70,6 +70,8 @@ def plot_question(question: Question, rows: Sequence[Setting], path: Path) -> No
             name = f"{question.metric}: difference to " + _words(question)
             _panel(panels[1], layout, paired, looks, draw, name, title, lambda row: ([], row.difference))
             (panels[1].axvline if categories else panels[1].axhline)(0.0, color="0.4", linewidth=1.0)
+            if categories:
+                panels[1].set_ylabel("")
     if len(looks) > 1:
         handles, labels = axes[0][0].get_legend_handles_labels()
         by_label = dict(zip(labels, handles, strict=True))

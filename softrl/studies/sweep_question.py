@@ -111,20 +111,19 @@ class Question:
     def with_grid(self, axes: Sequence[Axis], fixed: Sequence[Axis] = ()) -> "Question":
         """With other values of some keys, and with other fixed ones.
 
-        A key's new values replace those of the grid and of every arm that varies it; arms that fix it keep theirs.
+        A key's new values replace those of the grid and of every arm that varies it; arms that fix it keep theirs. A
+        varied key that is fixed is one with a single value, which tables still show.
         """
-        grid = {**self.grid, **{axis.key: list(axis.values) for axis in axes}}
-        new = {axis.key: list(axis.values) for axis in axes}
+        varied = set(self.search().keys)
+        new = {axis.key: list(axis.values) for axis in (*axes, *(each for each in fixed if each.key in varied))}
+        only_in_arms = varied - set(self.grid)
         arms = {
-            label: {k: new.get(k, v) if isinstance(v, list) else v for k, v in given.items()}
+            label: {key: new.get(key, of) if isinstance(of, list) else of for key, of in given.items()}
             for label, given in self.arms.items()
         }
-        only_in_arms = {key for given in self.arms.values() for key in given} - set(self.grid)
-        grid = {key: values for key, values in grid.items() if key not in only_in_arms}
+        grid = {**self.grid, **{key: values for key, values in new.items() if key not in only_in_arms}}
         settings = {**self.set, **{axis.key: axis.values[0] for axis in fixed}}
-        for axis in fixed:
-            grid.pop(axis.key, None)
-        return replace(self, grid=grid, arms=arms, set={k: v for k, v in settings.items() if k not in grid})
+        return replace(self, grid=grid, arms=arms, set={k: v for k, v in settings.items() if k not in new})
 
     def baseline_of(self, values: Values) -> Values:
         """What a setting is compared with."""

@@ -35,6 +35,7 @@ def write_report(
     Returns:
         The settings, in the grid's order.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     write_results(search, trials, folder / "results.csv")
     rows = settings(question, trials)
     if best(search, trials) is None:
