@@ -4,7 +4,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +25,12 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
 
     from softrl.assets import AssetError
-    from softrl.studies.sweep_launch import interrupt_on_sigterm
+    from softrl.studies.sweep_launch import interrupted_by_sigterm
 
-    with suppress(ValueError):  # not the main thread: then nothing is installed
-        interrupt_on_sigterm()
     command = shlex.join(["softrl", "sweep", *argv])
     try:
-        return _run(given, command)
+        with interrupted_by_sigterm():
+            return _run(given, command)
     except KeyboardInterrupt:
         print(f"\nStopped. Finished trials are kept. To go on: {command}\n"
               "Add --only_report for the table and the figure of what there is.", file=sys.stderr)  # fmt: skip

@@ -204,9 +204,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(
-            f"a sweep is running in {folder}; wait for it, or choose another --output_dir"
-        ) from error
+        raise ValueError(f"a sweep is running in {folder}; wait for it, or choose another --output_dir") from error
     try:
         yield
     finally:

@@ -155,7 +155,8 @@ def test_ctrl_c_lets_all_trials_save_and_the_same_command_goes_on(tmp_path, caps
     trials = tmp_path / "out" / "trials"
 
     def interrupt():
-        while len(list(trials.glob("*/begun"))) < 2:
+        until = time.monotonic() + 60.0
+        while len(list(trials.glob("*/begun"))) < 2 and time.monotonic() < until:
             time.sleep(0.02)
         _thread.interrupt_main()
 

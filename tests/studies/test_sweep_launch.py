@@ -24,6 +24,13 @@ from softrl.studies.sweep_launch import (
 SAY = "import json, os; print(json.dumps([os.environ.get('OMP_NUM_THREADS'), sorted(os.sched_getaffinity(0))]))"
 
 
+def wait_until(condition, seconds=60.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_processes_have_their_threads_and_cores_that_no_other_has(tmp_path):
     """The child looks after a moment: it is pinned when it has been started."""
     cores = sorted(os.sched_getaffinity(0))
@@ -61,8 +68,7 @@ def test_a_process_that_does_not_stop_is_killed_and_no_more_are_started(tmp_path
         target=lambda: statuses.append(processes.run([sys.executable, "-c", stubborn], tmp_path / "log"))
     )
     waiting.start()
-    while not (tmp_path / "log").is_file() or not (tmp_path / "log").read_text():
-        time.sleep(0.02)
+    wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
     processes.stop()
     waiting.join()
     assert statuses == [-9]
@@ -109,10 +115,7 @@ def test_a_job_out_of_time_saves_is_put_in_line_again_and_goes_on(tmp_path, monk
     monkeypatch.setattr("softrl.studies.sweep_launch._executor", short)
     jobs = Jobs(InFolder(tmp_path), "local", tmp_path / "logs", 1, {}, 1)
     (job,) = jobs.submit([{"a": 5}])
-    until = time.monotonic() + 60.0
-    while not job.done():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(job.done)
     assert (tmp_path / "saved").is_file()
     assert job.result() == {"m": 5.0}
     assert jobs.submit([]) == []
@@ -122,15 +125,11 @@ def test_jobs_that_fail_say_why_and_jobs_that_run_are_cancelled(tmp_path):
     (tmp_path / "one").mkdir()
     jobs = Jobs(InFolder(tmp_path / "one"), "local", tmp_path / "logs", 2, {"timeout_min": 1}, 1)
     (job,) = jobs.submit([{}])  # no value "a"; runs until it is stopped
-    while not (tmp_path / "one" / "log").is_file():
-        time.sleep(0.05)
+    wait_until((tmp_path / "one" / "log").is_file)
     time.sleep(0.5)
     assert not job.done()
     jobs.stop()
-    until = time.monotonic() + 30.0
-    while not (tmp_path / "one" / "saved").is_file():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until((tmp_path / "one" / "saved").is_file)
     (second,) = jobs.submit([{}])
     with pytest.raises(TrialError, match="KeyError: 'a'"):
         second.result()
