@@ -85,6 +85,7 @@ class Search:
         arms: each is crossed with the axes; none is one arm without a label.
         fixed: keys that all trials set alike.
         only_arms: labels of those to run; None for all.
+        together: keys that take their value from one that stands for all of them.
     Raises:
         ValueError: an unknown sampler or arm, a key or a label that comes twice, random or tpe without a number of
             trials or with arms.
@@ -99,6 +100,7 @@ class Search:
     arms: tuple[Arm, ...] = ()
     fixed: Values = field(default_factory=dict)
     only_arms: tuple[str, ...] | None = None
+    together: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -139,7 +141,8 @@ class Search:
     def given(self, values: Values) -> Values:
         """All keys that a trial sets: those of all trials, its arm's, its own."""
         of_arm = next((arm.fixed for arm in self.arms if arm.label == values.get(ARM)), {})
-        return {**self.fixed, **of_arm, **{key: value for key, value in values.items() if key != ARM}}
+        named = {**self.fixed, **of_arm, **{key: value for key, value in values.items() if key != ARM}}
+        return {each: value for key, value in named.items() for each in self.together.get(key, (key,))}
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,12 @@ def _study(search: Search, folder: Path) -> Any:
     seed = search.seed + len(study.get_trials(deepcopy=False))
     tpe = search.sampler == "tpe"
     study.sampler = optuna.samplers.TPESampler(seed=seed) if tpe else optuna.samplers.RandomSampler(seed)
-    known = {"metric": search.metric, "keys": sorted(search.keys), "maximize": search.maximize, "fixed": search.fixed}
-    before = {"fixed": {}, **study.user_attrs.get("search", known)}
+    together = {key: list(keys) for key, keys in search.together.items()}
+    known = {
+        "metric": search.metric, "keys": sorted(search.keys), "maximize": search.maximize, "fixed": search.fixed,
+        "together": together,
+    }  # fmt: skip
+    before = {"fixed": {}, "together": {}, **study.user_attrs.get("search", known)}
     if before != known:
         raise ValueError(f"{folder} holds a sweep with {before}, this one has {known}; choose another --output_dir")
     study.set_user_attr("search", known)

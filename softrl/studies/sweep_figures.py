@@ -88,7 +88,7 @@ def _words(question: Question) -> str:
 
 def _layout(question: Question, rows: Sequence[Setting]) -> _Layout:
     spec = question.report
-    keys = [key for key in question.search().keys if key != SEED] or [SEED]
+    keys = question.keys or [SEED]
     # Of keys alone the arm is the last that one would put along an axis.
     x = spec.x or next((key for key in keys if key != "arm"), keys[0])
     left = [key for key in keys if key not in (x, spec.facets)]

@@ -8,9 +8,11 @@
     arms:                               # optional; each is crossed with the grid, and may replace its keys
       with a reasoner: {use_reasoner: true}
       without: {use_reasoner: false}
+    together: {size: [base_lm_size, reasoner_size]}   # optional; a key that stands for several
     metric: eval_nll
     direction: minimize
-    columns: {eval_base_nll: base NLL}  # or a list
+    measures: {eval_nll: mixture, eval_base_nll: base LM}   # optional; several numbers of each run, compared
+    columns: {num_parameters: parameters}   # or a list
     report: {x: base_lm_size, scale: log, series: arm, baseline: {arm: without}}
 
 An arm's key with one value that no grid or other arm varies is not shown. Left out: conditions between keys.
@@ -24,9 +26,10 @@ from typing import Any
 
 import yaml
 
-from softrl.studies.sweep import ARM, SEED, Arm, Axis, Search
+from softrl.studies.sweep import ARM, SEED, Arm, Axis, Search, Trial
 from softrl.studies.sweep_launch import Values
 
+MEASURE = "measure"  # as a key of what is shown, where a run has several numbers
 DIRECTIONS = ("minimize", "maximize")
 SCALES = ("linear", "log", "categories")
 
@@ -75,6 +78,8 @@ class Question:
     set: Values = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     arms: Mapping[str, Values] = field(default_factory=dict)
+    together: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    measures: Mapping[str, str] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
     report: ReportSpec = field(default_factory=ReportSpec)
     notes: str = ""
@@ -84,9 +89,11 @@ class Question:
             raise ValueError(f"direction must be one of {DIRECTIONS}, got {self.direction!r}")
         if twice := [key for key in self.grid if key in self.set]:
             raise ValueError(f"set and grid both have {twice}")
-        if ARM in {*self.set, *self.grid}:
-            raise ValueError(f"{ARM!r} is not a key of a run; sides of a comparison go under arms")
-        keys, spec = self.search().keys, self.report
+        if taken := {ARM, MEASURE} & {*self.set, *self.grid}:
+            raise ValueError(f"{sorted(taken)} is not a key of a run; see arms and measures")
+        if self.measures and self.metric not in self.measures:
+            raise ValueError(f"metric {self.metric!r} must be one of the measures, {list(self.measures)}")
+        keys, spec = self.keys, self.report
         named = [spec.x, *(spec.series or ()), spec.facets, *spec.baseline]
         if unknown := [key for key in named if key is not None and key not in keys]:
             raise ValueError(f"report names {unknown}, which nothing varies; the keys are {keys}")
@@ -96,7 +103,23 @@ class Question:
         axes = tuple(Axis.of(key, values, f"grid: {key}") for key, values in self.grid.items())
         only = None if arms is None else tuple(arms)
         maximize = self.direction == "maximize"
-        return Search(axes, self.metric, maximize, sampler, trials, seed, tuple(self._arms()), self.set, only)
+        of_arms = tuple(self._arms())
+        return Search(axes, self.metric, maximize, sampler, trials, seed, of_arms, self.set, only, self.together)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of what is shown, the seed aside."""
+        return [key for key in self.search().keys if key != SEED] + ([MEASURE] if self.measures else [])
+
+    def shown(self, trials: Sequence[Trial]) -> list[Trial]:
+        """A trial for each of its measures; trials as they are without measures."""
+        if not self.measures:
+            return list(trials)
+        return [
+            replace(trial, values={**trial.values, MEASURE: label}, metric=trial.numbers.get(name))
+            for trial in trials
+            for name, label in self.measures.items()
+        ]
 
     def _arms(self) -> list[Arm]:
         varied = {key for given in self.arms.values() for key, value in given.items() if isinstance(value, list)}
@@ -125,10 +148,6 @@ class Question:
         settings = {**self.set, **{axis.key: axis.values[0] for axis in fixed}}
         return replace(self, grid=grid, arms=arms, set={k: v for k, v in settings.items() if k not in new})
 
-    def baseline_of(self, values: Values) -> Values:
-        """What a setting is compared with."""
-        return {**{key: value for key, value in values.items() if key != SEED}, **self.report.baseline}
-
 
 def is_sweep_recipe(path: Path) -> bool:
     """Whether a file holds a question, rather than one run."""
@@ -147,7 +166,7 @@ def load_question(path: Path) -> Question:
     _check_keys(given, known, str(path))
     if missing := [key for key in ("title", "question", "recipe", "metric") if not given.get(key)]:
         raise ValueError(f"{path}: {missing} must be given")
-    for key in ("set", "grid", "arms", "report"):
+    for key in ("set", "grid", "arms", "report", "together", "measures"):
         if not isinstance(given.get(key, {}), dict):
             raise ValueError(f"{path}: {key} must be a mapping, got {given[key]!r}")
     report = dict(given.get("report", {}))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softrl.studies.html import embedded, write_page
-from softrl.studies.sweep import ARM, SEED, Search, Trial, best
+from softrl.studies.sweep import ARM, Search, Trial, best
 from softrl.studies.sweep_figures import plot_question, plot_search
 from softrl.studies.sweep_question import Question
 from softrl.studies.sweep_summary import Setting, cells, findings, header, settings, word, write_results, write_summary
@@ -62,7 +62,7 @@ def _values(
         "question": question, "found": findings(question, rows), "command": command, "picture": embedded(picture),
         "caption": f"{question.metric}: dots are seeds, bars one standard error of the mean",
         "columns": header(question), "rows": [cells(question, row) for row in rows],
-        "text_columns": sum(key != SEED for key in question.search().keys), "compared": bool(question.report.baseline),
+        "text_columns": len(question.keys), "compared": bool(question.report.baseline),
         "goal": "more is better" if question.direction == "maximize" else "less is better",
         "shared": shared_lines(question), "failed": failed,
     }  # fmt: skip
@@ -71,6 +71,7 @@ def _values(
 def shared_lines(question: Question) -> str:
     """The recipe, the keys that all trials set, and those of each arm."""
     lines = [f"recipe: {question.recipe}", *(f"{key}: {word(value)}" for key, value in question.set.items())]
+    lines += [f"{key}: {', '.join(keys)} together" for key, keys in question.together.items()]
     for arm in question.search().arms:
         fixed = ", ".join(f"{key}: {word(value)}" for key, value in arm.fixed.items())
         lines.append(f"{ARM} {arm.label!r}: {fixed or 'nothing of its own'}")

@@ -54,9 +54,9 @@ class Setting:
 
 def settings(question: Question, trials: Sequence[Trial]) -> list[Setting]:
     """In the grid's order, whatever the order of running; those that only earlier commands ran come last."""
-    search = question.search()
-    groups: dict[str, list[Trial]] = {_name(values): [] for values in search.grid()}
-    for trial in trials:
+    grid = [Trial(values, None, math.nan) for values in question.search().grid()]
+    groups: dict[str, list[Trial]] = {_name(trial.values): [] for trial in question.shown(grid)}
+    for trial in question.shown(trials):
         groups.setdefault(_name(trial.values), []).append(trial)
     by_seed = {
         name: {t.values.get(SEED): t.metric for t in group if t.metric is not None} for name, group in groups.items()
@@ -77,7 +77,7 @@ def _baseline(question: Question, values: Values, groups: dict[str, list[Trial]]
     """The setting that one is compared with: equal in all keys but the baseline's, or without a value there."""
     if not question.report.baseline:
         return None
-    wanted = question.baseline_of(values)
+    wanted = {**{key: value for key, value in values.items() if key != SEED}, **question.report.baseline}
     if _name(wanted) in groups:
         found = [_name(wanted)]
     else:  # of an arm that leaves keys as the recipe has them, whatever they are elsewhere
@@ -113,7 +113,7 @@ def word(value: Any) -> str:
 
 def header(question: Question) -> list[str]:
     """Of the table's columns."""
-    keys = [key for key in question.search().keys if key != SEED]
+    keys = question.keys
     against = ", ".join(f"{key}={word(value)}" for key, value in question.report.baseline.items())
     compared = [f"difference to {against}", "better"] if question.report.baseline else []
     return [*keys, "n", question.metric, *compared, *question.columns.values(), "seconds"]
@@ -121,7 +121,7 @@ def header(question: Question) -> list[str]:
 
 def cells(question: Question, row: Setting) -> list[str]:
     """One row of the table."""
-    keys = [word(row.values.get(key)) for key in question.search().keys if key != SEED]
+    keys = [word(row.values.get(key)) for key in question.keys]
     count = f"{len(row.metrics)}" + (f" ({row.failed} failed)" if row.failed else "")
     decimals = _decimals(row.metric[0])
     compared = [with_error(*row.difference, signed=True, decimals=decimals), _better(row)]
@@ -175,7 +175,7 @@ def write_results(search: Search, trials: Sequence[Trial], path: Path) -> None:
 
 def write_summary(question: Question, rows: Sequence[Setting], folder: Path) -> None:
     """summary.csv with all digits, and summary.md, a row for each setting."""
-    keys = [key for key in question.search().keys if key != SEED]
+    keys = question.keys
     pairs = [name for column in question.columns for name in (column, f"{column}_se")]
     names = [*keys, "n", "failed", question.metric, f"{question.metric}_se", "difference", "difference_se", "pairs",
              "better", *pairs, "seconds"]  # fmt: skip

@@ -72,6 +72,8 @@ def test_the_command_line_narrows_and_replaces(tmp_path):
         (("{max_steps: 3}", "{size: 3}"), "set and grid both have ['size']"),
         (("{max_steps: 3}", "3"), "set must be a mapping"),
         (("metric: nll", "metric: nll\ndirection: down"), "direction must be one of"),
+        (("{max_steps: 3}", "{arm: 3}"), "['arm'] is not a key of a run"),
+        (("metric: nll", "metric: nll\nmeasures: {loss: a loss}"), "metric 'nll' must be one of the measures"),
     ],
 )
 def test_mistakes_name_the_key(tmp_path, change, message):
@@ -117,6 +119,26 @@ def test_a_baseline_that_lacks_a_key_serves_all_of_its_values(tmp_path):
     assert rows[0].difference[0] == 1.5
     assert rows[0].better == 0
     assert rows[1].difference[0] == 2.5
+
+
+def test_a_key_stands_for_several(tmp_path):
+    asked = question(tmp_path, RECIPE + "together: {size: [width, height], max_steps: [steps]}\n")
+    search = asked.search()
+    assert search.given(search.grid()[0]) == {
+        "steps": 3, "thinks": True, "width": 2, "height": 2, "weight": 0, "seed": 7,
+    }  # fmt: skip
+    assert "size: width, height together" in shared_lines(asked)
+
+
+def test_several_numbers_of_a_run_are_compared_with_each_other(tmp_path):
+    """Differences by hand: 10 - 4 twice, 10 - 2 once, of the three seeds of one setting; mean 20/3."""
+    text = RECIPE.replace("baseline: {arm: without}", "baseline: {measure: NLL}")
+    asked = question(tmp_path, text + "measures: {nll: NLL, parameters: size}\n")
+    rows = settings(asked, [trial(m, arm="with", size=2, weight=0, seed=s) for s, m in ((7, 4.0), (8, 4.0), (9, 2.0))])
+    assert [row.values["measure"] for row in rows] == ["NLL", "size"]
+    assert rows[1].metric == (10.0, 0.0)
+    assert rows[1].difference == pytest.approx((20 / 3, 2 / 3))
+    assert header(asked)[:4] == ["arm", "size", "weight", "measure"]
 
 
 def test_more_is_better_where_a_recipe_says_so(tmp_path):
