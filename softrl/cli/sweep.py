@@ -74,8 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace, command: str) -> int:
+    from softrl.cli import sweep_trial
     from softrl.cli.arguments import find_recipe
     from softrl.studies.sweep import best, finished, sweep
+    from softrl.studies.sweep_launch import Processes
     from softrl.studies.sweep_recipes import is_variance_recipe
     from softrl.studies.sweep_report import FILES, write_report
 
@@ -86,8 +88,12 @@ def _run(given: argparse.Namespace, command: str) -> int:
     if given.only_report:
         trials = finished(search, folder)
     else:
-        make = _variance_launcher if is_variance_recipe(recipe) else _train_launcher
-        trials = sweep(search, make(given, recipe, search, folder), folder)
+        if is_variance_recipe(recipe):
+            launch: Any = _variance_launcher(given, recipe, search, folder)
+        else:
+            launch = _train_launcher(given, recipe, search, folder)
+            sweep_trial.prepare(recipe, question.prepare, folder.resolve(), Processes(1, given.threads))
+        trials = sweep(search, launch, folder)
     write_report(question, search, trials, folder, command)
     _print_table(question, search, trials)
     failed = sum(trial.metric is None for trial in trials)
@@ -150,10 +156,13 @@ def _train_launcher(given: argparse.Namespace, recipe: Path, search: "Search", f
     first_of_arm = {values.get("arm"): values for values in reversed(every)}
     for values in first_of_arm.values():
         sweep_trial.check_keys(recipe, search.given(values))
-    named = {sweep_trial.folder_name(values): search.given(values) for values in every}
+    folder = folder.resolve()
+    named = {
+        sweep_trial.folder_name(values): sweep_trial.with_prepared(search.given(values), folder) for values in every
+    }
     if len(named) < len(every):
         raise ValueError("two trials would have the same folder; their values differ in special characters only")
-    run = sweep_trial.TrainTrials(recipe.resolve(), folder.resolve(), named, sweep_trial._RUN)
+    run = sweep_trial.TrainTrials(recipe.resolve(), folder, named, sweep_trial._RUN)
     if given.launcher == LAUNCHERS[0]:
         workers = 1 if given.workers is None else given.workers
         threads = given.threads or (1 if workers > 1 else None)
@@ -163,7 +172,7 @@ def _train_launcher(given: argparse.Namespace, recipe: Path, search: "Search", f
     slurm = given.launcher == "slurm"
     options = {"time": 60, "cpus_per_task": 1, "name": "softrl-sweep", **options} if slurm else _WEEK | options
     threads = given.threads or int(options.get("cpus_per_task", 1))
-    logs = (given.slurm_folder or folder / "submitit").resolve()
+    logs = given.slurm_folder or folder / "submitit"
     jobs = Jobs(run, "slurm" if slurm else "local", logs, given.workers, options, threads)
     if search.sampler == "tpe":  # it chooses by what has been finished, so not all at once
         jobs.capacity = given.workers or 1

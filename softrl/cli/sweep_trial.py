@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,37 @@ class TrainTrials:
             if status != 0:
                 raise TrialError(f"the run ended with status {status}; see {where / 'log.txt'}: {_last_line(where)}")
         return dict(json.loads((where / "metrics.json").read_text(encoding="utf-8")))
+
+
+PREPARED = "{prepared}"
+
+
+def prepare(recipe: Path, models: Mapping[str, Values], folder: Path, processes: Processes) -> None:
+    """Train what trials start from or are scored by, each in a folder of its own; what has been made is kept.
+
+    Raises:
+        ValueError: a run failed.
+    """
+    for name, keys in models.items():
+        where = folder / "prepared" / name
+        where.mkdir(parents=True, exist_ok=True)
+        if (where / _MADE).is_file():
+            continue
+        print(f"{PROG}: making {where} first", flush=True)
+        words = [*words_of(recipe, keys), "--output_dir", str(where), *resuming(where)]
+        if (status := processes.run([sys.executable, "-c", _MAKE, *words], where / "log.txt")) != 0:
+            raise ValueError(f"{where} was not made, status {status}; see {where / 'log.txt'}: {_last_line(where)}")
+        (where / _MADE).touch()
+
+
+_MAKE = "import sys; from softrl.cli.train import main; sys.exit(main(sys.argv[1:]))"
+_MADE = "made"
+
+
+def with_prepared(given: Values, folder: Path) -> Values:
+    """Keys of a trial with the folders of what has been prepared."""
+    where = str(folder / "prepared")
+    return {key: of.replace(PREPARED, where) if isinstance(of, str) else of for key, of in given.items()}
 
 
 def _last_line(folder: Path) -> str:

@@ -9,6 +9,8 @@
       with a reasoner: {use_reasoner: true}
       without: {use_reasoner: false}
     together: {size: [base_lm_size, reasoner_size]}   # optional; a key that stands for several
+    prepare: {proxy: {use_reasoner: false}}           # optional; models made first, by the same recipe with these
+                                                      # keys; a value "{prepared}/proxy" is the folder of one
     metric: eval_nll
     direction: minimize
     measures: {eval_nll: mixture, eval_base_nll: base LM}   # optional; several numbers of each run, compared
@@ -81,6 +83,7 @@ class Question:
     together: Mapping[str, Sequence[str]] = field(default_factory=dict)
     measures: Mapping[str, str] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    prepare: Mapping[str, Values] = field(default_factory=dict)
     report: ReportSpec = field(default_factory=ReportSpec)
     notes: str = ""
 
@@ -112,13 +115,14 @@ class Question:
         return [key for key in self.search().keys if key != SEED] + ([MEASURE] if self.measures else [])
 
     def shown(self, trials: Sequence[Trial]) -> list[Trial]:
-        """A trial for each of its measures; trials as they are without measures."""
+        """A trial for each of its measures that it has; trials as they are without measures."""
         if not self.measures:
             return list(trials)
         return [
             replace(trial, values={**trial.values, MEASURE: label}, metric=trial.numbers.get(name))
             for trial in trials
             for name, label in self.measures.items()
+            if trial.metric is None or name in trial.numbers  # what a run does not measure is no failure
         ]
 
     def _arms(self) -> list[Arm]:
@@ -166,7 +170,7 @@ def load_question(path: Path) -> Question:
     _check_keys(given, known, str(path))
     if missing := [key for key in ("title", "question", "recipe", "metric") if not given.get(key)]:
         raise ValueError(f"{path}: {missing} must be given")
-    for key in ("set", "grid", "arms", "report", "together", "measures"):
+    for key in ("set", "grid", "arms", "report", "together", "measures", "prepare"):
         if not isinstance(given.get(key, {}), dict):
             raise ValueError(f"{path}: {key} must be a mapping, got {given[key]!r}")
     report = dict(given.get("report", {}))

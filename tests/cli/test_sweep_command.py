@@ -149,6 +149,23 @@ def test_a_sweep_recipe_answers_its_question(tmp_path, capsys, recipe):
         command._run(command._parser().parse_args([*words, "--set", "max_steps=6"]), "")
 
 
+def test_what_trials_need_is_made_first_and_once(tmp_path, capsys, recipe, monkeypatch):
+    question, out = tmp_path / "q.yaml", tmp_path / "out"
+    text = QUESTION.replace("RECIPE", str(recipe)).replace("{hops: 1}", "{proxy_model: '{prepared}/proxy'}")
+    question.write_text(text + "prepare: {proxy: {max_steps: 7, beta: 0.5}}\n")
+    monkeypatch.setattr(sweep_trial, "_MAKE", "import sys; sys.exit(4)")
+    words = ["--config", str(question), "--output_dir", str(out), "--grid", "seed=1"]
+    assert command.main(words) == 2
+    assert "was not made, status 4" in capsys.readouterr().err
+    monkeypatch.setattr(sweep_trial, "_MAKE", STUB)
+    assert command.main(words) == 0
+    assert command.main(words) == 0
+    (made,) = lines_of(out / "prepared" / "proxy" / "ran")
+    assert (made["--max_steps"], made["--beta"]) == ("7", "0.5")
+    (told,) = lines_of(out / "trials" / "arm=two,beta=0.1,seed=1" / "ran")
+    assert told["--proxy_model"] == str(out / "prepared" / "proxy")
+
+
 def test_ctrl_c_lets_all_trials_save_and_the_same_command_goes_on(tmp_path, capsys, recipe, monkeypatch):
     monkeypatch.setattr(sweep_trial, "_RUN", WAITING)
     words = ["--config", str(recipe), "--grid", "beta=0.1,0.3,0.5", "--output_dir", str(tmp_path / "out")]
