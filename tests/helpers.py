@@ -29,6 +29,8 @@ from transformers import (
 )
 
 from softrl.assets import WordVocabulary
+from softrl.contexts.soft_ar import SoftARForCausalLM
+from softrl.contexts.window import WindowLayout
 from softrl.models.gru import GRUConfig, GRUForCausalLM
 from softrl.models.thinking import ThinkingConfig, ThinkingLM
 from softrl.rewards.aligned_reward_model import AlignedClassifierReward
@@ -131,6 +133,13 @@ def rwkv(seed: int = 0, tied: bool = True) -> nn.Module:
     return _redraw(RwkvForCausalLM(config), seed, 0.4)
 
 
+def soft_ar(seed: int = 0, tied: bool = True) -> nn.Module:
+    """GPT-2 behind a window of four tokens, with a slot for two and one for all that is older."""
+    layout = WindowLayout(num_segments=1, segment_tokens=2, num_hard=4, num_soft=0)
+    model = SoftARForCausalLM.from_backbone(gpt2(seed, tied), layout)
+    return _redraw(model, seed, 0.4)
+
+
 def thinking(lm=None, learns_log_z=False, redraw=True, **settings):
     """A tiny model that thinks, its mixing head and embeddings drawn away from their start."""
     model = ThinkingLM(gpt2() if lm is None else lm, ThinkingConfig(**settings), learns_log_z)
@@ -142,7 +151,9 @@ def thinking(lm=None, learns_log_z=False, redraw=True, **settings):
     return model
 
 
-ALL_MODELS = {"llama": llama, "gpt2": gpt2, "gru": gru, "mamba": mamba, "gemma3": gemma3}
+ALL_MODELS = {
+    "llama": llama, "gpt2": gpt2, "gru": gru, "mamba": mamba, "gemma3": gemma3, "soft_ar": soft_ar
+}  # fmt: skip
 REPLAYABLE_MODELS = ("llama", "gpt2", "gru", "gemma3")
 ALL_RELAXATIONS = tuple(RELAXATIONS)
 

@@ -15,13 +15,21 @@ KEYWORDS_DATASET = "review-keywords"
 RANKINGS_DATASET = "review-rankings"
 TEXTS_DATASET = "review-texts"
 EMBEDDED_DATASETS = (BUILTIN_DATASET, KEYWORDS_DATASET, RANKINGS_DATASET, TEXTS_DATASET)
+# Of trainers of small models, whose model and tokenizer are made where model_name_or_path is "scratch".
+SCRATCH, SHAKESPEARE_CORPUS, POINTER_CORPUS = "scratch", "shakespeare", "pointer-chasing"
+CORPORA = (SHAKESPEARE_CORPUS, POINTER_CORPUS)
+FROM_SCRATCH = ("reasoner", "soft_ar")
+_ALL_BLOCKS = 100_000  # more than the corpus has
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
 TRAINERS = (
-    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "trl_rloo",
-    "trl_grpo",
+    "soft_rollout", "reinforce", "ppo", "text_gan", "reinforce_gan", "listwise", "quietstar", "soft_sft", "reasoner",
+    "soft_ar", "trl_rloo", "trl_grpo",
 )  # fmt: skip
 # They sample no completions of prompts, and what they read has its scores: their data sets by default.
-WITHOUT_REWARDS = {"listwise": RANKINGS_DATASET, "quietstar": TEXTS_DATASET, "soft_sft": TEXTS_DATASET}
+WITHOUT_REWARDS = {
+    "listwise": RANKINGS_DATASET, "quietstar": TEXTS_DATASET, "soft_sft": TEXTS_DATASET,
+    **dict.fromkeys(FROM_SCRATCH, SHAKESPEARE_CORPUS),
+}  # fmt: skip
 
 
 @dataclass
@@ -34,10 +42,11 @@ class DataArguments:
             `"review-openings"`, `"review-keywords"` (sentences to be written from their keywords),
             `"review-rankings"` (four sentences that begin alike, scored by the token-linear classifier; the default of
             `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"` and `"soft_sft"`), all
-            embedded; a hub name,
-            a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a `prompt`
-            column of texts or of conversations, which go through the tokenizer's chat template (a text file has one
-            prompt a line). Rewards and metrics that compare need a column `reference`: a text, or a list of texts, as
+            embedded; `"shakespeare"` (the works as one text, the default of trainers from scratch, which also know
+            `"pointer-chasing"`; for others passages of `prompt_length_tokens` to go on from); a hub name, a folder
+            saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a `prompt` column of
+            texts or of conversations, which go through the tokenizer's chat template (a text file has one prompt a
+            line). Rewards and metrics that compare need a column `reference`: a text, or a list of texts, as
             it would follow the prompt, its leading space included. `"listwise"` needs `completions` and `rewards` or
             `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`; `"soft_sft"` what TRL's
             SFTTrainer reads (`text`, `messages`, `prompt` with `completion`), or a `reference` as the completion.
@@ -46,7 +55,7 @@ class DataArguments:
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
             How many prompts to use at most; of embedded ones exactly so many.
         prompt_length_tokens (`int`, *optional*, defaults to `8`):
-            Length of `review-openings` in tokens.
+            Length of `review-openings`, and of `shakespeare`'s passages, in tokens.
         reference_length_tokens (`int`, *optional*, defaults to `0`):
             Give `review-openings` so many of the tokens that follow as references; 0 for none. Those of
             `review-keywords`, and the sentences of `review-rankings`, are whole and of at most so many tokens, 24 for
@@ -78,7 +87,8 @@ class TrainArguments(DataArguments):
             `"soft_rollout"`, `"reinforce"` (and its `estimator`), `"ppo"`, `"text_gan"` and `"reinforce_gan"` (whose
             `reward_funcs` name `"discriminator"`; the data set needs a column `reference`), `"listwise"` (on ranked
             completions in the data set; neither rewards nor a judge), `"quietstar"` (thoughts, on plain text; neither,
-            too), `"soft_sft"` (supervised, behind soft tokens; neither, too), or TRL's own `"trl_rloo"` and
+            too), `"soft_sft"` (supervised, behind soft tokens; neither, too), `"reasoner"` (a small model from scratch
+            that thinks in latents; neither, too), or TRL's own `"trl_rloo"` and
             `"trl_grpo"` on the same data and rewards. Keys of another trainer are ignored, and named.
         gradient_statistics (`bool`, *optional*, defaults to `False`):
             Log signal-to-noise ratio and variance of the gradient, from the micro-batches of a step; needs
@@ -123,6 +133,8 @@ def config_class(trainer: str) -> type:
         "listwise": trainers.ListwisePreferenceConfig,
         "quietstar": trainers.QuietSTaRConfig,
         "soft_sft": trainers.SoftSFTConfig,
+        "soft_ar": trainers.SoftARTrainingConfig,
+        "reasoner": trainers.ReasonerTrainingConfig,
         "trl_rloo": trl_config.TrlRLOOConfig,
         "trl_grpo": trl_config.TrlGRPOConfig,
     }
@@ -135,6 +147,8 @@ def make_parser(prog: str = "softrl train", trainer: str = TRAINERS[0]) -> Any:
 
     parser = TrlParser((TrainArguments, config_class(trainer), ModelConfig), prog=prog, allow_abbrev=False)
     parser.set_defaults(model_name_or_path="smollm2-135m")
+    if trainer in FROM_SCRATCH:
+        parser.set_defaults(model_name_or_path=SCRATCH, num_train_prompts=_ALL_BLOCKS)
     if trainer in WITHOUT_REWARDS:
         parser.set_defaults(dataset_name=WITHOUT_REWARDS[trainer], reward_funcs=[], judge="none")
     parser.epilog = (

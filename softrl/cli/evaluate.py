@@ -22,6 +22,7 @@ true tokens and behind the model's own soft ones.
 _TABLES = {  # trainers of texts, and what an evaluation of theirs shows
     "quietstar": ("nll", "base_nll", "gain", "nll_hard", "base_nll_hard", "accuracy", "base_accuracy", "mixing"),
     "soft_sft": ("hard_nll", "soft_nll", "nll_gap", "entropy", "soft_entropy", "fed_entropy"),
+    "reasoner": ("nll", "base_nll", "interpreter_nll", "gain", "accuracy", "mixing", "thought_entropy"),
 }
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from softrl.cli.arguments import (
     BUILTIN_DATASET,
+    CORPORA,
     EMBEDDED_DATASETS,
+    FROM_SCRATCH,
     KEYWORDS_DATASET,
     RANKINGS_DATASET,
+    SCRATCH,
     TEXTS_DATASET,
     WITHOUT_REWARDS,
     DataArguments,
@@ -34,7 +37,6 @@ __all__ = [
 
 def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any) -> Any:
     """The trainer that a recipe describes: one of ours, or TRL's own on our rewards."""
-    from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from softrl.assets import resolve_model
@@ -46,19 +48,20 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
     if model_args.attn_implementation is not None:
         loading["attn_implementation"] = model_args.attn_implementation
     training_args.model_init_kwargs = {**loading, **(training_args.model_init_kwargs or {})}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=model_args.model_revision)
-    except OSError as error:
-        raise ValueError(
-            f"model_name_or_path={name!r} cannot be loaded ({str(error).splitlines()[0]}); pass 'smollm2-135m', a "
-            "local folder with a model and its tokenizer, or a hub name"
-        ) from error
-    train, test = load_prompts(arguments, tokenizer)
+    model: Any = name
+    if arguments.trainer in FROM_SCRATCH:
+        from softrl.cli.scratch import beginning
+
+        tokenizer = None if name == SCRATCH else _tokenizer(name, model_args.model_revision)
+        model, tokenizer, train, test = beginning(arguments, training_args, name, tokenizer)
+    else:
+        tokenizer = _tokenizer(name, model_args.model_revision)
+        train, test = load_prompts(arguments, tokenizer)
     if arguments.trainer == "soft_sft":
         thinks = training_args.think_tokens
         train, test = (_with_completions(rows, tokenizer, arguments.dataset_name, thinks) for rows in (train, test))
     settings = {
-        "model": name,
+        "model": model,
         "args": training_args,
         "train_dataset": train,
         "eval_dataset": test,
@@ -80,6 +83,8 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
             "listwise": "ListwisePreferenceTrainer",
             "quietstar": "QuietSTaRTrainer",
             "soft_sft": "SoftSFTTrainer",
+            "soft_ar": "SoftARTrainer",
+            "reasoner": "ReasonerTrainer",
         }
         trainer_class = getattr(trainers, ours[arguments.trainer])
         if arguments.trainer not in WITHOUT_REWARDS:
@@ -90,6 +95,18 @@ def build_trainer(arguments: TrainArguments, training_args: Any, model_args: Any
 
         GradientStatisticsCallback().add_to(trainer)
     return trainer
+
+
+def _tokenizer(name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, padding_side="left", revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path={name!r} cannot be loaded ({str(error).splitlines()[0]}); pass 'smollm2-135m', a "
+            "local folder with a model and its tokenizer, or a hub name"
+        ) from error
 
 
 def _with_completions(rows: Any, tokenizer: Any, dataset_name: str, as_text: bool = False) -> Any:
@@ -188,6 +205,15 @@ def _load_splits(arguments: DataArguments, tokenizer: Any) -> tuple[Any, Any]:
         parts = {"train": "reward", "test": "prompts"}
         train, test = (load_reviews(parts[split]).select(range(count)) for split, count in counts.items())
         return train.select_columns(["text"]), test.select_columns(["text"])
+    if name == SHAKESPEARE_CORPUS and getattr(arguments, "trainer", None) not in WITHOUT_REWARDS:
+        from softrl.data.characters import shakespeare
+        from softrl.data.corpus import corpus_prompts
+
+        length = arguments.prompt_length_tokens
+        train, test = (corpus_prompts(shakespeare(split), tokenizer, length, count) for split, count in counts.items())
+        return train, test
+    if name in CORPORA:
+        raise ValueError(f"dataset_name={name!r} is read by {', '.join(FROM_SCRATCH)} alone, in blocks of tokens")
     from softrl.data.files import read_data_set
 
     splits = read_data_set(name, EMBEDDED_DATASETS)
@@ -238,7 +264,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    from softrl.trainers import ListwisePreferenceConfig, QuietSTaRConfig, RolloutConfig, SoftSFTConfig
+    from softrl import trainers
     from softrl.trainers.checkpoints import latest_checkpoint
 
     wanted = training_args.resume_from_checkpoint
@@ -249,8 +275,11 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder; pass one, or 'latest'")
         return str(wanted)
     folder = training_args.output_dir
-    ours = isinstance(training_args, RolloutConfig | ListwisePreferenceConfig | QuietSTaRConfig | SoftSFTConfig)
-    newest = latest_checkpoint if ours else get_last_checkpoint  # TRL's have no list
+    ours = (
+        trainers.RolloutConfig, trainers.ListwisePreferenceConfig, trainers.QuietSTaRConfig, trainers.SoftSFTConfig,
+        trainers.SoftARTrainingConfig, trainers.ReasonerTrainingConfig,
+    )  # fmt: skip
+    newest = latest_checkpoint if isinstance(training_args, ours) else get_last_checkpoint  # TRL's have no list
     last = newest(folder) if Path(folder).is_dir() else None
     if last is None:
         raise ValueError(f"resume_from_checkpoint={wanted!r}, but {folder} holds no checkpoint to resume from")

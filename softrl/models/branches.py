@@ -159,24 +159,25 @@ class _NaiveBranches(Branches):
 class _RecurrentTexts(TextState):
     """The recurrent state after every token of the texts."""
 
+    hands_over = True
+
     def __init__(self, policy: Policy, mask: Bool[Tensor, "N 0"]):
         super().__init__(policy, mask)
-        self.states: list[Tensor] = []
+        self.states: Tensor | None = None  # N T layers D
 
     def extend(self, embeds: Float[Tensor, "N S D"], mask: Bool[Tensor, "N S"]) -> Float[Tensor, "N S D"]:
         self._appended(mask)
-        decoder, start = self.policy.decoder, len(self.states)
-        state = self.states[-1] if self.states else decoder.initial_state(embeds[:, 0])
-        for embed, real in zip(embeds.unbind(1), mask.unbind(1), strict=True):
-            with self.policy.context():
-                state = torch.where(real[:, None, None], decoder.step(embed, state), state)
-            self.states.append(state)
-        return torch.stack([state[:, -1] for state in self.states[start:]], 1)
+        decoder, before = self.policy.decoder, self.states
+        state = decoder.initial_state(embeds[:, 0]) if before is None else before[:, -1]
+        with self.policy.context():
+            new = decoder.states(embeds, state, mask)
+        self.states = new if before is None else torch.cat([before, new], 1)
+        return new[:, :, -1]
 
     def branch(self, anchors: Int[Tensor, "N L"]) -> Branches:
-        after = torch.stack(self.states, 1)
-        at_anchor = anchors[..., None, None].expand(-1, -1, *after.shape[2:])
-        return _RecurrentBranches(self.policy, after.gather(1, at_anchor))
+        assert self.states is not None
+        at_anchor = anchors[..., None, None].expand(-1, -1, *self.states.shape[2:])
+        return _RecurrentBranches(self.policy, self.states.gather(1, at_anchor))
 
 
 class _RecurrentBranches(Branches):

@@ -29,9 +29,8 @@ def freeze(model: nn.Module, embeddings: bool = False, layers: int = 0) -> None:
 
 def _layers(causal_lm: Any, wanted: int) -> nn.ModuleList:
     count = causal_lm.config.get_text_config().num_hidden_layers
-    lists = [
-        each for each in causal_lm.base_model.children() if isinstance(each, nn.ModuleList) and len(each) == count
-    ]
+    decoder = getattr(causal_lm.base_model, "backbone", causal_lm.base_model)  # a softAR model's language model
+    lists = [each for each in decoder.children() if isinstance(each, nn.ModuleList) and len(each) == count]
     if len(lists) != 1:
         raise ValueError(f"freeze_layers={wanted}: {type(causal_lm).__name__} has no one list of {count} layers")
     if not 0 < wanted <= count:

@@ -20,11 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from softrl.models.kv import KVCache, num_key_value_layers
 from softrl.models.state import (
     DecodeState,
-    HostState,
     KeyValueState,
-    PrefixState,
-    RecurrentState,
     ReplayableState,
+    cache_argument,
+    decode_state,
     positions,
 )
 from softrl.models.virtual_tokens import VirtualTokens, unwrap
@@ -148,8 +147,8 @@ class Policy:
 
     @cached_property
     def cache_argument(self) -> str | None:
-        """What the decoder calls its cache: transformers 5.24 renamed it for all models. None if it takes none."""
-        return next((name for name in ("cache", "past_key_values", "cache_params") if name in self._accepted), None)
+        """What the decoder calls its cache, None if it takes none."""
+        return cache_argument(self.decoder)
 
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Those of a call's arguments that the decoder has."""
@@ -194,7 +193,7 @@ class Policy:
 
     def _scaled(self, logits: Float[Tensor, "M n"]) -> Float[Tensor, "M n"]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _model_logits(self.causal_lm.config.get_text_config(), logits) / self.temperature
+        return model_logits(self.causal_lm.config.get_text_config(), logits) / self.temperature
 
     def kept_logits(self, hidden: Float[Tensor, "M D"], ids: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         """Logits of the kept ids only, at the sampling temperature; M is the caller's chunk.
@@ -289,16 +288,10 @@ class Policy:
             return state.replay(index, embeds)
 
     def _new_state(self, mask: Bool[Tensor, "B slots"], capacity: int, growing: bool) -> DecodeState:
-        if hasattr(self.decoder, "initial_state"):
-            return RecurrentState(self.decoder, mask)
-        if self.cache_argument is None:
-            return PrefixState(self.decoder, mask)
-        if self._keeps_keys_and_values:
-            state = KeyValueState(self.decoder, mask, self.cache_argument, capacity, growing)
-            if (pairs := self.virtual.past(len(mask))) is not None:
-                state.cache.fill(pairs)
-            return state
-        return HostState(self.decoder, mask, self.cache_argument)
+        state = decode_state(self.decoder, mask, capacity, growing)
+        if isinstance(state, KeyValueState) and (pairs := self.virtual.past(len(mask))) is not None:
+            state.cache.fill(pairs)
+        return state
 
     def refuse_checkpointing(self) -> None:
         """Raise ValueError where transformers would drop a key-value cache."""
@@ -313,7 +306,7 @@ class Policy:
             )
 
 
-def _model_logits(config: object, logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+def model_logits(config: object, logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
     """What some causal LMs do to the head's output in their own forward."""
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale

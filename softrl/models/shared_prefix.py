@@ -26,6 +26,8 @@ _ATTENTION_NAME = "softrl_shared_prefix"
 class SharedTexts(TextState):
     """Keys and values of the texts, read by all their branches."""
 
+    hands_over = True
+
     def __init__(self, policy: Policy, mask: Bool[Tensor, "N 0"]):
         super().__init__(policy, mask)
         num_layers = num_key_value_layers(policy.decoder)

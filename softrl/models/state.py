@@ -7,6 +7,7 @@ Slots count positions of the padded input: the prompt fills slots 0..P-1, the em
 """
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
@@ -21,6 +22,33 @@ from softrl.models.kv import KVCache, num_key_value_layers
 def positions(mask: Bool[Tensor, "N S"]) -> Tensor:
     """Position ids of left-padded sequences: real tokens count from 0."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def cache_argument(decoder: Any) -> str | None:
+    """What a decoder calls its cache: transformers 5.24 renamed it for all models. None if it takes none."""
+    accepted = inspect.signature(decoder.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in accepted), None)
+
+
+def decode_state(decoder: Any, mask: Bool[Tensor, "B P"], capacity: int, growing: bool = False) -> "DecodeState":
+    """The state of its kind that a decoder starts from.
+
+    Args:
+        decoder: of a causal LM; one that decodes in a way of its own has a method `new_state` of the other arguments.
+        mask: of the first slots.
+        capacity: how many embeddings are fed after them at most.
+        growing: keep the state inside the autograd graph.
+    """
+    if hasattr(decoder, "new_state"):
+        return decoder.new_state(mask, capacity, growing)
+    if hasattr(decoder, "initial_state"):
+        return RecurrentState(decoder, mask)
+    name = cache_argument(decoder)
+    if name is None:
+        return PrefixState(decoder, mask)
+    if num_key_value_layers(decoder) is None:
+        return HostState(decoder, mask, name)
+    return KeyValueState(decoder, mask, name, capacity, growing)
 
 
 class DecodeState(ABC):

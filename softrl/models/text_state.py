@@ -1,7 +1,8 @@
 """What a policy has read of several texts, from which branches start: the interface, and one pass of the decoder."""
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +22,12 @@ class Branches(ABC):
 
 
 class TextState(ABC):
-    """What a policy has read of N texts: it reads on, and branches off."""
+    """What a policy has read of N texts: it reads on, and branches off.
+
+    `hands_over` says whether it is a state that another model of the same shape can go on from, and not the texts.
+    """
+
+    hands_over: ClassVar[bool] = False
 
     def __init__(self, policy: Policy, mask: Bool[Tensor, "N 0"]):
         self.policy, self.mask = policy, mask
@@ -33,6 +39,21 @@ class TextState(ABC):
     @abstractmethod
     def branch(self, anchors: Int[Tensor, "N L"]) -> Branches:
         """Branches that follow the tokens at these slots."""
+
+    def handed_to(self, policy: Policy) -> "TextState":
+        """The same state, for branches of another model with as many layers of the same width.
+
+        Raises:
+            ValueError: the state is no state, but the texts, which the other model would read again.
+        """
+        if not self.hands_over:
+            raise ValueError(
+                f"{type(self).__name__} computes branches from the texts, so what one model has read cannot be handed "
+                "to another; use attention='shared'"
+            )
+        other = copy.copy(self)
+        other.policy = policy
+        return other
 
     def _appended(self, mask: Bool[Tensor, "N S"]) -> None:
         self.mask = torch.cat([self.mask, mask], 1)

@@ -69,23 +69,30 @@ class MixingHead(nn.Module):
         width: D of the hidden states.
         hidden_width: of the two hidden layers.
         sigmoid: squash w into (0, 1).
+        thought_width: of the thought's states; None for D.
+        normalised: False reads states as they are: a norm leaves nothing of width 2 but a sign.
     """
 
-    def __init__(self, width: int, hidden_width: int, sigmoid: bool):
+    def __init__(
+        self, width: int, hidden_width: int, sigmoid: bool, thought_width: int | None = None, normalised: bool = True
+    ):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.first = nn.Linear(2 * width, hidden_width)
+        widths = (width, width if thought_width is None else thought_width)
+        self.norm, self.thought_norm = (
+            nn.LayerNorm(each, elementwise_affine=False) if normalised else nn.Identity() for each in widths
+        )
+        self.first = nn.Linear(sum(widths), hidden_width)
         self.second = nn.Linear(hidden_width, hidden_width)
         self.last = nn.Linear(hidden_width, 1)
         self.sigmoid = sigmoid
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, base: Float[Tensor, "*batch D"], thought: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+    def forward(self, base: Float[Tensor, "*batch D"], thought: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
         """Weights w of the thought's prediction."""
         dtype = self.last.weight.dtype
         with torch.autocast(base.device.type, enabled=False):
-            both = torch.cat([self.norm(base.to(dtype)), self.norm(thought.to(dtype))], -1)
+            both = torch.cat([self.norm(base.to(dtype)), self.thought_norm(thought.to(dtype))], -1)
             features = nn.functional.relu(self.second(nn.functional.relu(self.first(both))))
             weight = self.last(features).squeeze(-1)
         return weight.sigmoid() if self.sigmoid else weight

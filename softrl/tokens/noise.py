@@ -54,21 +54,25 @@ class SequenceRandom:
         chosen.generators = [self.generators[each] for each in sequences]
         return chosen
 
+    def uniform(self, size: int) -> Float[Tensor, "N size"]:
+        """Draws of [0, 1) in float64. On a CPU the first numbers of a row are the same whatever the size."""
+        drawn = torch.empty(len(self), self.rows * size, dtype=torch.float64, device=self.device)
+        for row, generator in zip(drawn, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        return drawn.reshape(len(self) * self.rows, size)
+
     def exponential(self, size: int, dtype: torch.dtype) -> Float[Tensor, "N size"]:
         """Exp(1) draws, strictly positive.
 
         On a CPU by inversion in float64: torch's own `exponential_` takes three times as long there, and a float32
         uniform is too coarse, since it is zero once in 2^24 draws and a zero would win any race.
         """
-        on_cpu = self.device.type == "cpu"
-        drawn = torch.empty(len(self), self.rows * size, dtype=torch.float64 if on_cpu else dtype, device=self.device)
-        for row, generator in zip(drawn, self.generators, strict=True):
-            if on_cpu:
-                row.uniform_(generator=generator)
-            else:
+        if self.device.type == "cpu":
+            drawn = self.uniform(size).neg_().log1p_().neg_().to(dtype)
+        else:
+            drawn = torch.empty(len(self), self.rows * size, dtype=dtype, device=self.device)
+            for row, generator in zip(drawn, self.generators, strict=True):
                 row.exponential_(generator=generator)
-        if on_cpu:
-            drawn = drawn.neg_().log1p_().neg_().to(dtype)
         return drawn.clamp_(min=torch.finfo(dtype).tiny).reshape(-1, size)
 
     def gumbel(self, size: int, dtype: torch.dtype) -> Float[Tensor, "N size"]:

@@ -10,10 +10,14 @@ from softrl.trainers.ppo_config import PPOConfig
 from softrl.trainers.ppo_trainer import PPOTrainer
 from softrl.trainers.quietstar_config import QuietSTaRConfig
 from softrl.trainers.quietstar_trainer import QuietSTaRTrainer
+from softrl.trainers.reasoner_config import ReasonerTrainingConfig
+from softrl.trainers.reasoner_trainer import ReasonerTrainer
 from softrl.trainers.reinforce_config import ReinforceConfig
 from softrl.trainers.reinforce_trainer import ReinforceTrainer
 from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.rollout_trainer import RolloutTrainer
+from softrl.trainers.soft_ar_config import SoftARTrainingConfig
+from softrl.trainers.soft_ar_trainer import SoftARTrainer
 from softrl.trainers.soft_rollout_config import SoftRolloutConfig
 from softrl.trainers.soft_rollout_trainer import SoftRolloutTrainer
 from softrl.trainers.soft_sft_config import SoftSFTConfig
@@ -27,12 +31,16 @@ __all__ = [
     "PPOTrainer",
     "QuietSTaRConfig",
     "QuietSTaRTrainer",
+    "ReasonerTrainer",
+    "ReasonerTrainingConfig",
     "ReinforceConfig",
     "ReinforceGANConfig",
     "ReinforceGANTrainer",
     "ReinforceTrainer",
     "RolloutConfig",
     "RolloutTrainer",
+    "SoftARTrainer",
+    "SoftARTrainingConfig",
     "SoftRolloutConfig",
     "SoftRolloutTrainer",
     "SoftSFTConfig",

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+import softrl.contexts.soft_ar  # noqa: F401 - which the Auto classes then know
 from softrl.assets import resolve_model
 from softrl.models.policy import Policy
 from softrl.models.processor import computes_bfloat16

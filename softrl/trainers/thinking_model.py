@@ -11,28 +11,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from softrl.assets import resolve_model, write_atomically
+from softrl.assets import resolve_model
 from softrl.models.thinking import ThinkingConfig, ThinkingLM, is_thinking_folder
 from softrl.trainers.loading import load_model, with_adapter, without_adapters
 from softrl.trainers.quietstar_config import QuietSTaRConfig
-from softrl.trainers.thought_surrogate import SurrogateFit
+from softrl.trainers.thought_surrogate import SurrogateStateMixin
 
-_SURROGATE = "surrogate.pt"
 # Of a model that thinks, and what the trainer's arguments call them.
 _SETTINGS = {
     "temperature": "temperature", "mixing": "mixing", "residual": "residual_mixing", "sigmoid": "sigmoid_mixing",
 }  # fmt: skip
 
 
-class ThinkingModelMixin:
+class ThinkingModelMixin(SurrogateStateMixin):
     """
     How a [`ThinkingLM`] and what is fitted beside it are saved and loaded.
 
-    Overrides `_save`, `_load_from_checkpoint` and `_load_best_model` of [`~transformers.Trainer`], and
-    `save_own_state`.
+    Overrides `_save`, `_load_from_checkpoint` and `_load_best_model` of [`~transformers.Trainer`].
     """
-
-    surrogate: SurrogateFit | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -63,23 +59,6 @@ class ThinkingModelMixin:
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def save_own_state(self, folder: Path) -> None:
-        super().save_own_state(folder)
-        if self.surrogate is not None and self.args.should_save:
-            with write_atomically(folder / _SURROGATE) as temporary:
-                torch.save(self.surrogate.state_dict(), temporary)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.surrogate is not None:
-            path = Path(checkpoint) / _SURROGATE
-            if not path.is_file():
-                raise ValueError(
-                    f"{checkpoint} has no {_SURROGATE}: its run had no reward_surrogate; start a new run from its "
-                    "model instead of resuming it"
-                )
-            self.surrogate.load_state_dict(torch.load(path, weights_only=True))
 
 
 def thinking_model(

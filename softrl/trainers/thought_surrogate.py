@@ -1,13 +1,19 @@
 """How a surrogate of thoughts' rewards is fitted beside the model: every batch once, after it was asked about it."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from softrl.assets import write_atomically
 from softrl.estimators.thoughts import is_valid, surrogate_inputs
 from softrl.rewards.surrogate import RewardSurrogate
 from softrl.rollouts.thoughts import ThoughtPass
 from softrl.types import Thoughts
+
+_FILE = "surrogate.pt"
 
 
 class SurrogateFit:
@@ -36,14 +42,18 @@ class SurrogateFit:
             valid[0] = True
         context, read = surrogate_inputs(thoughts, passed, embeds.detach())
         rewards = passed.rewards.detach().flatten(0, 1).float()
-        before = self.surrogate(context[valid], read[valid])
-        loss = self.surrogate.loss(context[valid], read[valid], rewards[valid], batch=self.num_updates)
+        return self.learn_from(context[valid], read[valid], rewards[valid], accelerator)
+
+    def learn_from(self, context: Tensor, read: Tensor, rewards: Tensor, accelerator: Accelerator) -> dict[str, float]:
+        """The same from what the surrogate reads: contexts [M, D], thoughts [M, S, n, D] and their rewards [M, S]."""
+        before = self.surrogate(context, read)
+        loss = self.surrogate.loss(context, read, rewards, batch=self.num_updates)
         gradients = torch.autograd.grad(loss, list(self.surrogate.parameters()))
         for parameter, gradient in zip(self.surrogate.parameters(), gradients, strict=True):
             parameter.grad = accelerator.reduce(gradient, "mean")
         self.optimizer.step()
         self.num_updates += 1
-        error = (before.estimated.detach() - rewards[valid]).square().mean().sqrt()
+        error = (before.estimated.detach() - rewards).square().mean().sqrt()
         numbers = torch.stack([error, before.trusted.float().mean(), before.std_nats.mean()])
         found = accelerator.gather(numbers[None]).mean(0).tolist()
         return {f"surrogate/{name}": value for name, value in zip(("rmse", "trusted", "spread"), found, strict=True)}
@@ -60,3 +70,30 @@ class SurrogateFit:
         self.surrogate.load_state_dict(state["surrogate"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.num_updates = state["num_updates"]
+
+
+class SurrogateStateMixin:
+    """
+    What makes a trainer's checkpoints hold its surrogate, if it has one.
+
+    Overrides of [`~transformers.Trainer`]: `_load_optimizer_and_scheduler`; and `save_own_state`.
+    """
+
+    surrogate: SurrogateFit | None = None
+
+    def save_own_state(self, folder: Path) -> None:
+        super().save_own_state(folder)
+        if self.surrogate is not None and self.args.should_save:
+            with write_atomically(folder / _FILE) as temporary:
+                torch.save(self.surrogate.state_dict(), temporary)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.surrogate is not None:
+            path = Path(checkpoint) / _FILE
+            if not path.is_file():
+                raise ValueError(
+                    f"{checkpoint} has no {_FILE}: its run had no reward_surrogate, or objective='surrogate'; start a "
+                    "new run from its model instead of resuming it"
+                )
+            self.surrogate.load_state_dict(torch.load(path, weights_only=True))

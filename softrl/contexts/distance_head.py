@@ -1,0 +1,58 @@
+"""A head that puts out one vector y instead of logits: `logit_v = −‖y − e_v‖² / τ` over the token embeddings e.
+
+So that a model whose output is an embedding can be sampled from, and trained by cross-entropy, as any other.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class DistanceHead(nn.Module):
+    """`y = A h + b` from hidden states, and logits by the distance to every token embedding.
+
+    Args:
+        embedding: the model's input embedding, which stays the model's: it is neither a submodule nor saved here.
+        temperature: τ at the start, positive; learned by its logarithm.
+    Source: softrl maths, section 9.
+    """
+
+    def __init__(self, embedding: nn.Module, width: int, temperature: float):
+        super().__init__()
+        self.projection = nn.Linear(width, width)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self._embedding: tuple[Any] = (embedding,)  # in a tuple, which torch does not look into for submodules
+
+    @property
+    def embeddings(self) -> Float[Tensor, "V D"]:
+        """e of all tokens, as the model's own module returns them: some scale inside it."""
+        module = self._embedding[0]
+        if type(module) is nn.Embedding:
+            return module.weight
+        return module(torch.arange(module.num_embeddings, device=module.weight.device))
+
+    def outputs(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """y."""
+        return self.projection(hidden)
+
+    def logits(self, outputs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Logits of y."""
+        return distance_logits(outputs, self.embeddings, self.log_temperature.exp())
+
+    def forward(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Logits of the next token."""
+        return self.logits(self.outputs(hidden))
+
+
+def distance_logits(
+    outputs: Float[Tensor, "*batch D"], embeddings: Float[Tensor, "V D"], temperature: Float[Tensor, ""] | float
+) -> Float[Tensor, "*batch V"]:
+    """`−‖y − e_v‖² / τ`, from `‖y‖² − 2⟨y, e⟩ + ‖e‖²`; differentiable in all three.
+
+    Source: softrl maths, section 9.
+    """
+    squares = outputs.square().sum(-1, keepdim=True) + embeddings.square().sum(-1)
+    return (2.0 * outputs @ embeddings.T - squares) / temperature

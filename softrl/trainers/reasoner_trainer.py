@@ -1,0 +1,360 @@
+"""`ReasonerTrainer`: a language model that thinks in latents, trained on plain text, from scratch or further.
+
+The maths is in `estimators.latent_thoughts`, the model in `models.reasoner`. Left out: engines that shard parameters.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from softrl.assets import resolve_model
+from softrl.data.texts import INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
+from softrl.estimators.latent_thoughts import LatentExtras, latent_loss
+from softrl.models.policy import evaluating
+from softrl.models.reasoner import IGNORED, ReasonerForCausalLM, ReasonerOutput
+from softrl.tokens.noise import SequenceRandom, sequence_seed
+from softrl.trainers._bridge import BaseTrainer, ForwardRedirection
+from softrl.trainers.batches import as_rows
+from softrl.trainers.checkpoints import CheckpointMixin
+from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
+from softrl.trainers.loading import load_model, load_tokenizer, model_name
+from softrl.trainers.metrics import MetricLog
+from softrl.trainers.model_card import CITATION
+from softrl.trainers.reasoner_config import SURROGATE, ReasonerTrainingConfig
+from softrl.trainers.reasoner_evaluation import ReasonedText, by_token, measured, num_parameters, summary
+from softrl.trainers.step_guard import StepGuardMixin
+from softrl.trainers.thought_surrogate import SurrogateFit, SurrogateStateMixin
+
+_EVALUATION_STEP = -1  # random streams of evaluations are not those of any training step
+_DRAWS = 1  # of a text's random streams, beside the thoughts' own: for rules that draw
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Rows as a model reads them: tokens padded on the right, labels of those that count, row numbers."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    indices: list[int]
+
+
+class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, BaseTrainer):
+    """
+    Trainer of latent reasoners on plain text.
+
+    What it saves loads by transformers' Auto classes (import `softrl.models.reasoner` before). With respect to
+    `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`, `training_step` (timing
+    only), `compute_loss`, `get_eval_dataloader`, `evaluation_loop`, `log`, `save_model` (model card), and those of the
+    mixins.
+
+    Example:
+
+    ```python
+    >>> from softrl.data.characters import shakespeare
+    >>> from softrl.data.corpus import corpus_blocks, corpus_tokenizer
+    >>> from softrl.models.reasoner import ReasonerForCausalLM
+    >>> from softrl.trainers import ReasonerTrainer, ReasonerTrainingConfig
+
+    >>> args = ReasonerTrainingConfig("reasoner", weight_groups="AABC")
+    >>> tokenizer = corpus_tokenizer("characters", shakespeare("train"))
+    >>> trainer = ReasonerTrainer(
+    ...     model=ReasonerForCausalLM(args.model_config(len(tokenizer))),
+    ...     args=args,
+    ...     train_dataset=corpus_blocks(shakespeare("train"), tokenizer, 64),
+    ...     processing_class=tokenizer,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`ReasonerForCausalLM`]):
+            The model, or the folder of one.
+        args ([`ReasonerTrainingConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]):
+            Plain text, see [`~softrl.data.texts`]; of the latter several by name, too.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. If `None`, it is loaded from the model's name.
+        callbacks, optimizers:
+            As in [`~transformers.Trainer`].
+        quantization_config, peft_config (*optional*):
+            Must be `None`: the model is small, and trained whole.
+    """
+
+    loss_is_scaled_for_ga = False  # the loss is a mean over this micro-batch
+    _tag_names = ("trl", "softrl", "latent-reasoner")
+    _name = "Reasoner"
+    _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
+
+    def __init__(
+        self,
+        model: "str | ReasonerForCausalLM",
+        args: ReasonerTrainingConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ):
+        if args is None:
+            args = ReasonerTrainingConfig(f"{model_name(model)}-{self._name}")
+        if quantization_config is not None or peft_config is not None:
+            raise ValueError(
+                "ReasonerTrainer trains a small model whole: leave out quantization_config and peft_config (use_peft, "
+                "load_in_4bit)"
+            )
+        tokenizer = processing_class
+        if tokenizer is None and model_name(model):  # rows of token ids need none
+            tokenizer = load_tokenizer(model, args)
+        self._rows = partial(text_rows, tokenizer=tokenizer, max_length=args.max_length, needs_anchors=False)
+        if train_dataset is not None:
+            train_dataset = self._rows(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        set_seed(args.seed)
+        reasoner = load_model(model, args)
+        if not isinstance(reasoner, ReasonerForCausalLM):
+            raise ValueError(
+                f"model must be a ReasonerForCausalLM or the folder of one, got a {type(reasoner).__name__}; "
+                "model_name_or_path='scratch' makes one"
+            )
+        args.check_model(reasoner.config)
+        self.objective = args.make_objective()
+        self.prior = copy.deepcopy(reasoner).eval().requires_grad_(False) if args.rule_name == "nca" else None
+        self.proxy = None if args.proxy_model is None else load_proxy(args.proxy_model, reasoner, tokenizer)
+        self.thinks = reasoner.config.use_reasoner and reasoner.config.n_thought > 0
+        if args.objective == SURROGATE and self.thinks:
+            settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed)
+            self.surrogate = SurrogateFit(reasoner.config.reasoner_size, *settings)
+        self._redirect = ForwardRedirection()
+        self._metrics = MetricLog()
+        self._engine_is_checked = False
+        self.last_evaluation: list[ReasonedText] = []
+        super().__init__(
+            model=reasoner,
+            args=args,
+            data_collator=as_rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_engine(self.accelerator)
+        if shards_parameters(self.accelerator):
+            raise ValueError(
+                f"ReasonerTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} "
+                "here shards parameters, and the modules of a reasoner are called in parts"
+            )
+        for each in (self.prior, self.proxy, self.surrogate and self.surrogate.surrogate):
+            if each is not None:
+                each.to(self.accelerator.device)
+        self.model_accepts_loss_kwargs = False
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", INDEX_COLUMN, MASK_COLUMN]
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, Dataset) and INDEX_COLUMN not in eval_dataset.column_names:
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return inputs
+
+    def batch(self, rows: list[dict[str, Any]]) -> TextBatch:
+        """Rows of a data set as a model reads them."""
+        texts = padded_texts(rows, self.accelerator.device)
+        counted = texts.mask if texts.counted is None else texts.mask & texts.counted
+        labels = texts.ids.masked_fill(~counted, IGNORED)
+        return TextBatch(texts.ids, texts.mask, labels, [row[INDEX_COLUMN] for row in rows])
+
+    # Training
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._engine_is_checked:
+            check_wrapped(self.accelerator, model)
+            self._engine_is_checked = True
+        with self._metrics.timed_step():
+            return super().training_step(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: list[dict[str, Any]],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        batch = self.batch(inputs)
+        here = batch.mask.sum()[None]
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(here).sum())
+        with self.accelerator.autocast():
+            unwrapped = self.accelerator.unwrap_model(model)
+            loss, numbers, learned_from = self._redirect(model, unwrapped, self._loss, batch)
+        gathered = self.accelerator.gather(torch.stack(list(numbers.values()))[None].float()).mean(0)
+        self._metrics.add(dict(zip(numbers, gathered.tolist(), strict=True)))
+        if self.surrogate is not None and learned_from is not None:
+            with self._metrics.timed("surrogate"):
+                self._metrics.add(self.surrogate.learn_from(*learned_from, self.accelerator))
+        return loss
+
+    def _loss(self, batch: TextBatch) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...] | None]:
+        """The loss; numbers for the logs; and what a surrogate learns from. Of all these only the loss has a graph.
+
+        An engine takes every parameter in the graph of what is returned here to be waiting for a gradient.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        output = self.passed(model, batch, self.state.global_step)
+        found = latent_loss(output, self.objective, self.extras(output, batch))
+        with torch.no_grad():
+            numbers = self._numbers(output) | {
+                "loss/base": -found.base, "loss/talk": -found.talk, "loss/policy": found.policy,
+                "reward": found.rewards.sum() / max(found.rewards.numel(), 1),
+                "reward_std": found.rewards.std(-1, unbiased=False).sum() / max(len(found.rewards), 1),
+            }  # fmt: skip
+        learned_from = None
+        if self.surrogate is not None and output.is_target is not None:
+            context, embeds = surrogate_inputs(output)
+            learned_from = (context[output.is_target], embeds[output.is_target], found.rewards.float())
+        return found.loss, {name: value.detach() for name, value in numbers.items()}, learned_from
+
+    def passed(self, model: ReasonerForCausalLM, batch: TextBatch, step: int) -> ReasonerOutput:
+        """A pass of the model with thoughts keyed by seed, step and text."""
+        config = model.config
+        evaluates = step == _EVALUATION_STEP
+        count = self.args.num_eval_thoughts if evaluates else self.args.num_thoughts
+        return model(
+            batch.ids, batch.mask, batch.labels,
+            num_thoughts=count if config.n_thought else 1,  # without latents all thoughts are the same
+            seed=sequence_seed(self.args.seed, step), row_ids=batch.indices,
+            reparameterised=self.objective.reparameterises and not evaluates and self.thinks,
+            with_logits=evaluates,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def extras(self, output: ReasonerOutput, batch: TextBatch) -> LatentExtras:
+        """What the objective reads beside the model's pass."""
+        log_proxy = log_prior = uniforms = estimated = trusted = None
+        if self.proxy is not None:
+            log_proxy = proxy_log_probs(self.proxy, batch.ids, batch.mask)
+        if self.thinks and output.thought_log_probs is not None:
+            shape = output.thought_log_probs.shape
+            if self.prior is not None:
+                log_prior = self.prior(batch.ids, batch.mask, values=output.thought_values).thought_log_probs
+            if self.args.rule_name == "trice":
+                key = (self.args.seed, self.state.global_step)
+                random = SequenceRandom([sequence_seed(*key, index, _DRAWS) for index in batch.indices])
+                uniforms = random.uniform(shape[1] * shape[2]).view(shape).to(output.thought_log_probs)
+        if self.surrogate is not None:
+            context, embeds = surrogate_inputs(output)
+            said = self.surrogate.surrogate(context.flatten(0, 1), embeds.flatten(0, 1))
+            estimated, trusted = (each.unflatten(0, context.shape[:2]) for each in (said.estimated, said.trusted))
+        return LatentExtras(log_proxy, log_prior, uniforms, estimated, trusted)
+
+    @staticmethod
+    def _numbers(output: ReasonerOutput) -> dict[str, Tensor]:
+        return {name: values.sum() / max(len(values), 1) for name, values in by_token(output).items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._metrics:
+            averages = self._metrics.drained(self.args.gradient_accumulation_steps, "update")
+            logs = {**logs, **averages, "num_tokens": self.state.num_input_tokens_seen}
+            if not any("num_parameters" in row for row in self.state.log_history):
+                logs |= num_parameters(self.accelerator.unwrap_model(self.model))
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """NLL of every text after thoughts, with the same random streams every time, and without them."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        found: list[ReasonedText] = []
+        for rows in dataloader:
+            found += gather_object(self.measure(model, rows))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        by_index = {text.text_index: text for text in found}  # ranks may be padded with repeated rows
+        self.last_evaluation = [by_index[index] for index in sorted(by_index)]
+        metrics = summary(self.last_evaluation, model)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(self.last_evaluation),
+        )
+
+    def measure(self, model: ReasonerForCausalLM, rows: list[dict[str, Any]]) -> list[ReasonedText]:
+        """Think about rows of an evaluation set and score every token."""
+        with evaluating(model), self.accelerator.autocast():
+            batch = self.batch(rows)
+            return measured(self.passed(model, batch, _EVALUATION_STEP), batch.indices)
+
+    # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self._aside is None:
+            self.create_model_card((self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+
+
+def surrogate_inputs(output: ReasonerOutput) -> tuple[Tensor, Tensor]:
+    """Contexts [N, T, D], normalised since their scale differs by model, and thoughts [N, T, S, n, D]; constants."""
+    assert output.context is not None
+    assert output.thought_embeds is not None
+    context = output.context.detach().float()
+    return nn.functional.layer_norm(context, context.shape[-1:]), output.thought_embeds.detach().float()
+
+
+def load_proxy(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """A frozen language model in the place of the data.
+
+    Raises:
+        ValueError: it cannot be loaded, or its tokens are others than the model's.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve_model(name)
+    try:
+        proxy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(
+            f"proxy_model={name!r} cannot be loaded ({str(error).splitlines()[0]}); pass the folder or name of a "
+            "causal LM, for instance the output_dir of a run with use_reasoner=false"
+        ) from error
+    own, others = model.config.vocab_size, proxy.config.get_text_config().vocab_size
+    if own != others:
+        raise ValueError(f"proxy_model={name!r} has a vocabulary of {others} tokens and the model one of {own}")
+    if tokenizer is not None and AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"proxy_model={name!r} has other tokens than the model; train it on the same corpus")
+    return proxy.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def proxy_log_probs(proxy: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """log D(y | x) at every position, [N, T, V]."""
+    fixed = {"seed": 0} if isinstance(proxy, ReasonerForCausalLM) else {}  # one that thinks must not do so at random
+    return proxy(input_ids=ids, attention_mask=mask, **fixed).logits.float().log_softmax(-1)

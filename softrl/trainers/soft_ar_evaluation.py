@@ -1,0 +1,103 @@
+"""How well a softAR model predicts held-out text past its window, and what its memory is worth there.
+
+Every text is read with its own memory, with none (the window slides and truncates), and with that of another text of
+the batch. What memory gives beyond having something in its slots is the difference from the last.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from softrl.contexts.soft_ar import NO_MEMORY, SoftARForCausalLM
+from softrl.models.policy import evaluating
+from softrl.objectives.embedding_regression import embedding_spread
+from softrl.objectives.soft_ar import SoftARObjective, text_hidden, token_scores
+from softrl.types import Texts
+
+OWN, TRUNCATED, PERMUTED, SOFT = "", "_truncated", "_permuted", "_soft"  # behind a metric's name
+_MOST_WINDOWS = 16  # that have metrics of their own
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """What was measured of one text, a number for every token that counts.
+
+    Attributes:
+        text_index: of its row.
+        window: in which the token is predicted; in the first one there is no memory.
+        nll, hits: by the way it was read, nats and 0 or 1; `PERMUTED` is missing where a batch had no other text.
+        squared_error: of the embedding that is put out, 0 where none is.
+    """
+
+    text_index: int
+    window: list[int]
+    nll: dict[str, list[float]] = field(default_factory=dict)
+    hits: dict[str, list[float]] = field(default_factory=dict)
+    squared_error: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def read_texts(model: SoftARForCausalLM, texts: Texts, indices: list[int]) -> list[ReadText]:
+    """Texts in every way; with a soft region also with the model's own outputs in it."""
+    layout, rows = model.model.layout, torch.arange(len(indices), device=texts.ids.device)
+    counted = (texts.mask if texts.counted is None else texts.mask & texts.counted)[:, 1:]
+    window = layout.window_of(texts.mask.long().cumsum(-1)[:, :-1] - 1)
+    made = [ReadText(index, window[row][counted[row]].tolist()) for row, index in enumerate(indices)]
+    ways: dict[str, Tensor | None] = {OWN: None}
+    if layout.num_slots:
+        ways[TRUNCATED] = torch.full_like(rows, NO_MEMORY)
+        ways |= {PERMUTED: rows.roll(1)} if len(rows) > 1 else {}
+    if layout.num_soft:
+        ways[SOFT] = None
+    with evaluating(model):
+        for way, memory_of in ways.items():
+            is_soft = torch.ones_like(texts.mask) if way == SOFT else None
+            scores = token_scores(model, text_hidden(model, texts, is_soft, memory_of), texts.ids, SoftARObjective())
+            for row, text in enumerate(made):
+                text.nll[way] = scores.nll[row][counted[row]].tolist()
+                text.hits[way] = scores.hits[row][counted[row]].float().tolist()
+                if way == OWN:
+                    text.squared_error.extend(scores.squared_error[row][counted[row]].tolist())
+    return made
+
+
+def summary(texts: list[ReadText], model: SoftARForCausalLM) -> dict[str, float]:
+    """Means over tokens, in nats: all, those `_beyond` the first window, and by window.
+
+    Without slots there is one way to read a text; its numbers then stand under all names, so that tables compare.
+    """
+    values = {}
+    window = _joined([text.window for text in texts])
+    beyond = window > 0
+    for way in (OWN, TRUNCATED, PERMUTED, SOFT):
+        there = [text for text in texts if way in text.nll]
+        if not there and (way == SOFT or model.model.layout.num_slots):
+            continue
+        source, rows = (way, there) if there else (OWN, texts)
+        nll, hits = (_joined([getattr(text, name)[source] for text in rows]) for name in ("nll", "hits"))
+        places = _joined([text.window for text in rows])
+        values |= _means(f"nll{way}", nll, places) | _means(f"accuracy{way}", hits, places)
+    values |= {"loss": values["nll"], "perplexity": math.exp(values["nll"])}
+    if beyond.any():
+        values |= {"perplexity_beyond": math.exp(values["nll_beyond"]), "tokens_beyond": float(beyond.sum())}
+    for number in range(1, min(int(window.max()), _MOST_WINDOWS) + 1):
+        for way in (OWN, TRUNCATED):
+            nll = _joined([text.nll.get(way, text.nll[OWN]) for text in texts])
+            values[f"window_{number}/nll{way}"] = nll[window == number].mean().item()
+    if model.config.output == "embedding":
+        values["squared_error"] = _joined([text.squared_error for text in texts]).mean().item()
+        values["embedding_spread"] = embedding_spread(model.head.embeddings.double()).item()
+        values["distance_temperature"] = model.head.log_temperature.exp().item()
+    return values
+
+
+def _means(name: str, numbers: Tensor, window: Tensor) -> dict[str, float]:
+    beyond = window > 0
+    found = {name: numbers.mean().item()}
+    return found | ({f"{name}_beyond": numbers[beyond].mean().item()} if beyond.any() else {})
+
+
+def _joined(columns: list[list]) -> Tensor:
+    return torch.tensor([value for column in columns for value in column], dtype=torch.float64)

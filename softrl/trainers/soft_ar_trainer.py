@@ -1,0 +1,269 @@
+"""`SoftARTrainer`: pre-training of a language model that reads its history through compressed windows.
+
+The maths is in `objectives.soft_ar`, the model in `contexts.soft_ar`. Left out: engines that shard parameters.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from softrl.contexts.soft_ar import NO_MEMORY, SoftARForCausalLM
+from softrl.data.texts import INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
+from softrl.models.policy import Policy, check_policy
+from softrl.objectives.soft_ar import TokenScores, text_hidden, token_scores
+from softrl.tokens.noise import SequenceRandom, sequence_seed
+from softrl.trainers._bridge import BaseTrainer, ForwardRedirection
+from softrl.trainers.batches import as_rows
+from softrl.trainers.checkpoints import CheckpointMixin
+from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
+from softrl.trainers.loading import load_model, load_tokenizer, model_name
+from softrl.trainers.metrics import MetricLog
+from softrl.trainers.model_card import CITATION
+from softrl.trainers.soft_ar_config import SoftARTrainingConfig
+from softrl.trainers.soft_ar_evaluation import ReadText, read_texts, summary
+from softrl.trainers.step_guard import StepGuardMixin
+from softrl.types import Texts
+
+_MEMORY = 1  # of a text's random streams: 0 says which tokens are soft
+
+
+class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
+    """
+    Trainer of softAR models on plain text: hard tokens only, or with the model's own soft ones in every window.
+
+    What it saves loads by transformers' Auto classes and is a policy for the trainers of rewards. With respect to
+    `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`, `training_step` (timing
+    only), `compute_loss`, `get_eval_dataloader`, `evaluation_loop`, `log`, `save_model` (model card), and those of the
+    mixins.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from softrl.trainers import SoftARTrainer
+
+    >>> trainer = SoftARTrainer(
+    ...     model="smollm2-135m",
+    ...     train_dataset=Dataset.from_dict({"text": ["The film is long.", "I went to see it."]}),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            A softAR model, or any causal LM, which then gets the window that `args` describes: an object, or a name
+            (hub, local folder, or `"smollm2-135m"`).
+        args ([`SoftARTrainingConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]):
+            Plain text, see [`~softrl.data.texts`]; of the latter several by name, too.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. If `None`, it is loaded from the model's name.
+        callbacks, optimizers:
+            As in [`~transformers.Trainer`].
+        quantization_config, peft_config (*optional*):
+            Must be `None`: a model that learns to read memory is trained whole.
+    """
+
+    loss_is_scaled_for_ga = False  # the loss is a mean over this micro-batch
+    _tag_names = ("trl", "softrl", "soft-ar")
+    _name = "SoftAR"
+    _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        args: SoftARTrainingConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ):
+        if args is None:
+            args = SoftARTrainingConfig(f"{model_name(model)}-{self._name}")
+        if quantization_config is not None or peft_config is not None:
+            raise ValueError(
+                "SoftARTrainer trains a model whole, since its memory slots are new to every layer: leave out "
+                "quantization_config and peft_config (use_peft, load_in_4bit); adapters go with the reward trainers"
+            )
+        tokenizer = processing_class
+        if tokenizer is None and model_name(model):  # rows of token ids need none
+            tokenizer = load_tokenizer(model, args)
+        self._rows = partial(text_rows, tokenizer=tokenizer, max_length=args.max_length, needs_anchors=False)
+        if train_dataset is not None:
+            train_dataset = self._rows(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        set_seed(args.seed)  # what a window adds is initialised at random
+        windowed = soft_ar_model(model, args)
+        check_policy(Policy(windowed))
+        self._redirect = ForwardRedirection()
+        self._metrics = MetricLog()
+        self._engine_is_checked = False
+        self.last_evaluation: list[ReadText] = []
+        super().__init__(
+            model=windowed,
+            args=args,
+            data_collator=as_rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_engine(self.accelerator)
+        if shards_parameters(self.accelerator):
+            raise ValueError(
+                f"SoftARTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} "
+                "here shards parameters, and a head that reads the embedding finds it outside of its module's call"
+            )
+        self.model_accepts_loss_kwargs = False
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", INDEX_COLUMN, MASK_COLUMN]
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Texts in an order that mixes the works they are from: each gets the memory of another text of its batch."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, Dataset) and INDEX_COLUMN not in dataset.column_names:
+            dataset = self._rows(dataset, "eval_dataset")
+        return super().get_eval_dataloader(dataset.shuffle(seed=0) if isinstance(dataset, Dataset) else dataset)
+
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return inputs
+
+    def _texts(self, rows: list[dict[str, Any]]) -> Texts:
+        return padded_texts(rows, self.accelerator.device)
+
+    def _uniform(self, rows: list[dict[str, Any]], count: int, *stream: int) -> Tensor:
+        """Uniform numbers [N, count] keyed by seed, step and text."""
+        key = (self.args.seed, self.state.global_step)
+        seeds = [sequence_seed(*key, row[INDEX_COLUMN], *stream) for row in rows]
+        return SequenceRandom(seeds, self.accelerator.device).uniform(count)
+
+    # Training
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._engine_is_checked:
+            check_wrapped(self.accelerator, model)
+            self._engine_is_checked = True
+        with self._metrics.timed_step():
+            return super().training_step(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: list[dict[str, Any]],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        args, texts = self.args, self._texts(inputs)
+        values = args.values_at(self.state.global_step, max(self.state.max_steps, 1))
+        share = float(values["soft_share"])
+        is_soft = self._uniform(inputs, texts.ids.shape[1]) < share if share > 0.0 else None
+        memory_of = None
+        if args.memory_dropout > 0.0:
+            rows = torch.arange(len(inputs), device=texts.ids.device)
+            forgets = self._uniform(inputs, 1, _MEMORY)[:, 0] < args.memory_dropout
+            memory_of = torch.where(forgets, NO_MEMORY, rows)
+        with self.accelerator.autocast():
+            unwrapped = self.accelerator.unwrap_model(model)
+            scores = self._redirect(model, unwrapped, self._scores, texts, is_soft, memory_of)
+        counted = (texts.mask if texts.counted is None else texts.mask & texts.counted)[:, 1:]
+        loss = scores.loss.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+        self._record(texts, scores, counted)
+        if not args.schedules()["soft_share"].is_constant:
+            self._metrics.add({"soft_share": share})
+        return loss
+
+    def _scores(self, texts: Texts, is_soft: Tensor | None, memory_of: Tensor | None) -> TokenScores:
+        model, objective = self.accelerator.unwrap_model(self.model), self.args.objective
+        hidden = text_hidden(model, texts, is_soft, memory_of, objective.detached)
+        return token_scores(model, hidden, texts.ids, objective)
+
+    @torch.no_grad()
+    def _record(self, texts: Texts, scores: TokenScores, counted: Tensor) -> None:
+        values = {"nll": scores.nll, "accuracy": scores.hits, "squared_error": scores.squared_error}
+        sums = [(value.double() * counted).sum() for value in values.values()]
+        sums += [counted.sum().double(), texts.mask.sum().double()]
+        *numbers, count, tokens = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
+        self.state.num_input_tokens_seen += int(tokens)
+        logged = {name: value / max(count, 1.0) for name, value in zip(values, numbers, strict=True)}
+        if self.accelerator.unwrap_model(self.model).config.output != "embedding":
+            del logged["squared_error"]
+        self._metrics.add(logged)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._metrics:
+            averages = self._metrics.drained(self.args.gradient_accumulation_steps, "update")
+            logs = {**logs, **averages, "num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Every text with its own memory, with none, and with another text's; see `soft_ar_evaluation`."""
+        model, found = self.accelerator.unwrap_model(self.model), []
+        for rows in dataloader:
+            with self.accelerator.autocast():
+                found += gather_object(read_texts(model, self._texts(rows), [row[INDEX_COLUMN] for row in rows]))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        by_index = {text.text_index: text for text in found}  # ranks may be padded with repeated rows
+        self.last_evaluation = [by_index[index] for index in sorted(by_index)]
+        metrics = summary(self.last_evaluation, model) | num_parameters(model)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(self.last_evaluation),
+        )
+
+    # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self._aside is None:
+            self.create_model_card((self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+
+
+def soft_ar_model(model: "str | PreTrainedModel", args: SoftARTrainingConfig) -> SoftARForCausalLM:
+    """The model that is trained: as it is where it has a window, else a causal LM behind the window of `args`."""
+    loaded: Any = load_model(model, args)
+    if isinstance(loaded, SoftARForCausalLM):
+        return loaded
+    settings = {"output": args.output, "distance_temperature": args.distance_temperature}
+    return SoftARForCausalLM.from_backbone(loaded, args.layout, **settings)
+
+
+def num_parameters(model: SoftARForCausalLM) -> dict[str, float]:
+    """Of the whole model, tied ones once; and without those of the token embeddings, in and out."""
+    embeddings = {id(each.weight) for each in (model.get_input_embeddings(), model.lm_head) if hasattr(each, "weight")}
+    sizes = {id(each): each.numel() for each in model.parameters()}
+    total = sum(sizes.values())
+    inside = total - sum(size for key, size in sizes.items() if key in embeddings)
+    return {"num_parameters": float(total), "num_parameters_without_embeddings": float(inside)}

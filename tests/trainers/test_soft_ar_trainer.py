@@ -1,0 +1,228 @@
+"""`SoftARTrainer`: its steps and evaluations by hand, exact resumption, and its models as policies of a reward."""
+
+import copy
+
+import pytest
+import torch
+from contexts.test_soft_ar import soft_ar
+from datasets import Dataset
+from helpers import V, gpt2, llama
+from torch import nn
+from trainers.test_architectures import ATTENTION, rise
+from trainers.tiny import logs_of, numbers_of, parameters_of, word_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from softrl.contexts.soft_ar import SoftARForCausalLM
+from softrl.contexts.soft_ar_config import SoftARConfig
+from softrl.contexts.window import WindowLayout
+from softrl.trainers import SoftARTrainer, SoftARTrainingConfig
+
+pytestmark = pytest.mark.slow  # imports trl
+
+WINDOW = {"num_segments": 1, "segment_tokens": 3, "num_hard": 3, "num_soft": 2}  # as "soft" of the model's tests
+
+
+def texts(count=8, seed=0, length=None):
+    """Rows of 3 to 14 tokens, or of one length."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [length or 3 + (5 * row) % 12 for row in range(count)]
+    return Dataset.from_list(
+        [{"input_ids": torch.randint(3, V, (length,), generator=generator).tolist()} for length in lengths]
+    )
+
+
+def trainer(folder, model=None, train=None, evaluation=None, float32=False, **settings):
+    """With SGD at a learning rate that shows, in float64."""
+    defaults = {
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "learning_rate": 0.05, "warmup_steps": 0,
+        "lr_scheduler_type": "constant", "optim": "sgd", "max_steps": 3, "logging_steps": 1, "report_to": [],
+        "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0,
+    }  # fmt: skip
+    model = soft_ar() if model is None else model
+    model = soft_ar() if model is None else model
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return SoftARTrainer(
+        model.float() if float32 else model, SoftARTrainingConfig(str(folder), **{**defaults, **WINDOW, **settings}),
+        texts() if train is None else train, texts(2, seed=1) if evaluation is None else evaluation, word_tokenizer(),
+    )  # fmt: skip
+
+
+def nll_by_hand(model, ids, **settings):
+    """Of tokens 2..T of one row."""
+    logits = model(torch.tensor([ids]), **settings).logits[0, :-1]
+    return -logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def without_slots(model):
+    """The same model, with a window that truncates."""
+    layout = WindowLayout(0, 1, 3, 2, aggregate=False)
+    other = SoftARForCausalLM.from_backbone(gpt2(), layout)
+    other.model.backbone.load_state_dict(model.model.backbone.state_dict())
+    return other.eval()
+
+
+def test_a_step_is_gradient_descent_on_the_mean_over_tokens(tmp_path):
+    made = trainer(tmp_path, per_device_train_batch_size=8, max_steps=1, learning_rate=0.3)
+    model = copy.deepcopy(made.model)
+    made.train()
+    loss = torch.cat([nll_by_hand(model, ids) for ids in texts()["input_ids"]]).mean()
+    assert logs_of(made, "nll") == pytest.approx([loss.item()])
+    assert logs_of(made, "num_tokens") == [sum(map(len, texts()["input_ids"]))]
+    model.zero_grad()
+    loss.backward()
+    moved = {name: (p - 0.3 * p.grad).detach() for name, p in model.named_parameters() if p.grad is not None}
+    assert "model.place_types" in moved
+    for name, parameter in made.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), moved[name], msg=name)
+
+
+def test_tokens_that_do_not_count_are_read_and_not_predicted(tmp_path):
+    rows = texts(4, length=9).add_column("completion_mask", [[0] * 6 + [1] * 3] * 4)
+    made = trainer(tmp_path, train=rows, evaluation=rows, max_steps=1)
+    expected = torch.stack([nll_by_hand(made.model, ids)[5:] for ids in rows["input_ids"]])
+    assert made.evaluate()["eval_nll"] == pytest.approx(expected.mean().item())
+    made.train()
+    assert logs_of(made, "nll") == pytest.approx([expected.mean().item()])
+
+
+def test_an_evaluation_by_hand(tmp_path):
+    """Two texts, so that each gets the other's memory."""
+    rows = texts(2, seed=3, length=14)
+    made = trainer(tmp_path, evaluation=rows)
+    model, ids = made.model.eval(), rows["input_ids"]
+    found = made.evaluate()
+    with torch.no_grad():
+        own = torch.cat([nll_by_hand(model, row) for row in ids])
+        plain = without_slots(model)
+        truncated = torch.cat([nll_by_hand(plain, row) for row in ids])
+        swapped = model(torch.tensor(ids), memory_of=torch.tensor([1, 0])).logits[:, :-1].log_softmax(-1)
+        permuted = -swapped.gather(-1, torch.tensor(ids)[:, 1:, None])[..., 0].flatten()
+    position = torch.arange(13).repeat(2)
+    beyond = position >= 5  # predicted from the sixth token on
+    for name, values in (("nll", own), ("nll_truncated", truncated), ("nll_permuted", permuted)):
+        assert found[f"eval_{name}"] == pytest.approx(values.mean().item())
+        assert found[f"eval_{name}_beyond"] == pytest.approx(values[beyond].mean().item())
+    assert len({round(found[f"eval_nll{way}_beyond"], 6) for way in ("", "_truncated", "_permuted", "_soft")}) == 4
+    second = (position >= 5) & (position < 7)
+    assert found["eval_window_1/nll"] == pytest.approx(own[second].mean().item())
+    assert found["eval_window_1/nll_truncated"] == pytest.approx(truncated[second].mean().item())
+    assert found["eval_perplexity_beyond"] == pytest.approx(own[beyond].mean().exp().item())
+    assert found["eval_tokens_beyond"] == beyond.sum().item()
+    logits = torch.cat([model(torch.tensor([row])).logits[0, :-1] for row in ids])
+    hits = logits.argmax(-1) == torch.tensor(ids)[:, 1:].flatten()
+    assert found["eval_accuracy_beyond"] == pytest.approx(hits[beyond].double().mean().item())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert found["eval_num_parameters"] == sum(sizes.values())
+    inside = sum(sizes.values()) - sizes["model.backbone.wte.weight"]  # the head is tied to it
+    assert found["eval_num_parameters_without_embeddings"] == inside
+
+
+def test_what_is_fed_soft_is_what_an_evaluation_measures(tmp_path):
+    made = trainer(
+        tmp_path, evaluation=texts(2, seed=3, length=14), max_steps=1, soft_share=1.0, train=texts(2, 3, 14)
+    )
+    found = made.evaluate()
+    made.train()
+    assert logs_of(made, "nll") == pytest.approx([found["eval_nll_soft"]])
+    assert abs(found["eval_nll_soft"] - found["eval_nll"]) > 1e-3
+
+
+def test_a_window_without_slots_has_one_nll_under_three_names(tmp_path):
+    made = trainer(tmp_path, without_slots(soft_ar()))
+    found = made.evaluate()
+    assert found["eval_nll_beyond"] == found["eval_nll_truncated_beyond"] == found["eval_nll_permuted_beyond"]
+
+
+def test_texts_that_are_read_without_memory(tmp_path):
+    rows = texts(4, length=12)
+    made = trainer(tmp_path, train=rows, max_steps=1, memory_dropout=1.0)
+    plain = without_slots(made.model)
+    expected = torch.cat([nll_by_hand(plain, ids) for ids in rows["input_ids"]]).mean()
+    made.train()
+    assert logs_of(made, "nll") == pytest.approx([expected.item()])
+
+
+@pytest.mark.parametrize("output", ["tokens", "embedding"])
+def test_micro_batches_change_nothing(tmp_path, output):
+    parameters = []
+    for number, size in ((1, 4), (2, 2)):
+        made = trainer(
+            tmp_path, soft_ar(output=output), texts(8, length=10), per_device_train_batch_size=size,
+            gradient_accumulation_steps=number, soft_share=0.5, output=output, learning_rate=1e-3,
+            regression_weight=float(output == "embedding"),
+        )  # fmt: skip
+        made.train()
+        parameters.append(parameters_of(made))
+    torch.testing.assert_close(*parameters)
+
+
+def test_a_run_goes_on_exactly(tmp_path):
+    """In float32, with everything that is drawn."""
+    settings = {
+        "float32": True, "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+        "soft_share": "linear:0->1", "memory_dropout": 0.5,
+    }  # fmt: skip
+    straight, resumed = (trainer(tmp_path, **settings) for _ in range(2))
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logs_of(straight, "soft_share") == [0.0, 0.25, 0.5, 0.75]
+    assert numbers_of(resumed)[-2:] == numbers_of(straight)[-2:]
+    torch.testing.assert_close(parameters_of(resumed), parameters_of(straight), rtol=0.0, atol=0.0)
+
+
+def test_a_causal_lm_gets_the_window_and_what_is_saved_trains_on(tmp_path):
+    made = trainer(tmp_path, llama(), normalisation="learned", slot_order="aggregate_last", stride=1)
+    layout = WindowLayout(**WINDOW, order=("segments", "aggregate"), normalisation="learned", stride=1)
+    assert made.model.model.layout == layout
+    made.train()
+    made.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "soft-ar" in card
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float64").eval()
+    assert again.model.layout == layout
+    ids = torch.tensor(texts(2, length=14)["input_ids"])
+    torch.testing.assert_close(again(ids).logits, made.model.eval()(ids).logits, rtol=1e-6, atol=1e-6)
+    on = trainer(tmp_path / "on", str(tmp_path), model_init_kwargs={"dtype": "float64"})
+    assert on.model.model.layout == layout  # and not that of its arguments
+    assert on.evaluate()["eval_nll"] == pytest.approx(made.evaluate()["eval_nll"], rel=1e-6)
+
+
+def test_a_reward_trains_it_on_prompts_longer_than_its_window(tmp_path):
+    """Prompts of 9 to 15 tokens and a window of 4: rewards go through memory slots too."""
+    backbone = LlamaConfig(**ATTENTION).to_dict()
+    window = {"num_segments": 1, "segment_tokens": 4, "num_hard": 4, "num_soft": 0}
+    config = SoftARConfig(backbone_config=backbone, window=window)
+    change, error = rise(tmp_path, word_tokenizer(vocab_size=40), config, lengths=(9, 11, 15))
+    assert change > 10.0 * error
+    assert change > 0.8  # as for the models without a window
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=True is not for windows"),
+        ({"output": "words"}, "output must be one of tokens, embedding, got 'words'"),
+        ({"core": "lstm"}, "core must be one of transformer, gru, got 'lstm'"),
+        ({"slot_order": "newest"}, "slot_order must be one of aggregate_first, aggregate_last, got 'newest'"),
+        ({"regression_weight": 1.0}, "is of a vector that is put out; pass output='embedding'"),
+        ({"soft_share": 0.5, "num_soft": 0}, "soft_share=0.5 needs a soft region; pass num_soft"),
+        ({"soft_share": "linear:0->2"}, r"soft_share is a share and must lie in \[0, 1\], got 'linear:0->2'"),
+        ({"memory_dropout": 1.5}, r"memory_dropout is a share and must lie in \[0, 1\], got 1.5"),
+        ({"cross_entropy_weight": 0.0}, "one of them positive, got"),
+        ({"stride": 9}, "stride must be a whole number, from 1 to num_hard"),
+        ({"block_length_tokens": 0}, "block_length_tokens must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SoftARTrainingConfig(str(tmp_path), use_cpu=True, **{**WINDOW, **settings})
+
+
+def test_adapters_are_refused(tmp_path):
+    from peft import LoraConfig
+
+    args = SoftARTrainingConfig(str(tmp_path), use_cpu=True, **WINDOW)
+    with pytest.raises(ValueError, match="trains a model whole, since its memory slots are new to every layer"):
+        SoftARTrainer(llama(), args, texts(), peft_config=LoraConfig())
