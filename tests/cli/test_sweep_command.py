@@ -251,3 +251,38 @@ def test_parameters_that_modules_share_count_once():
     assert counts == {
         "num_parameters": 16 + 15, "num_parameters_without_embeddings": 16, "num_trained_parameters": 16,
     }  # fmt: skip
+
+
+SMALL = """
+trainer: TRAINER
+dataset_name: shakespeare
+max_steps: 2
+block_length_tokens: 16
+num_train_prompts: 64
+num_eval_prompts: 4
+per_device_train_batch_size: 4
+save_strategy: "no"
+report_to: none
+output_dir: unused
+"""
+
+
+@pytest.mark.slow
+def test_small_models_are_trained_two_at_a_time(tmp_path):
+    """End to end: `softrl train` in processes, its numbers in the table; resuming finds nothing left to do."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(SMALL.replace("TRAINER", "reasoner"))
+    words = ["--config", str(recipe), "--grid", "weight_groups=AAAA,ABCD", "--minimize", "eval_nll"]
+    words += ["--output_dir", str(out), "--workers", "2"]
+    assert command.main(words) == 0
+    trials = sorted((out / "trials").iterdir())
+    metrics = {path.name: json.loads((path / "metrics.json").read_text()) for path in trials}
+    shared, own = metrics["weight_groups=AAAA"], metrics["weight_groups=ABCD"]
+    assert shared["num_parameters"] < own["num_parameters"] == own["eval_num_parameters"]
+    assert own["step"] == 2
+    with open(out / "summary.csv", newline="", encoding="utf-8") as file:
+        rows = {row["weight_groups"]: float(row["eval_nll"]) for row in csv.DictReader(file)}
+    assert rows == pytest.approx({"AAAA": shared["eval_nll"], "ABCD": own["eval_nll"]}, rel=1e-5)
+    written = [(path / "metrics.json").stat().st_mtime_ns for path in trials]
+    assert command.main(words) == 0
+    assert [(path / "metrics.json").stat().st_mtime_ns for path in trials] == written

@@ -1,5 +1,6 @@
 """Shipped sweep recipes: their keys are the trainers', they say what they cost, and what they show can be drawn."""
 
+import itertools
 import random
 
 import pytest
@@ -15,9 +16,6 @@ pytestmark = pytest.mark.slow  # imports trl
 
 FOLDER = find_recipe("quickstart").parent / "sweeps"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-SHARING = (
-    "AAAA AAAB AABA ABAA BAAA AABB ABAB ABBA AABC ABAC ABCA BAAC BACA BCAA ABCD"  # the notes' fifteen
-).split()
 
 
 def question_of(name):
@@ -74,10 +72,19 @@ def test_a_recipe_says_how_it_is_run_and_what_it_costs(name):
     assert "two workers" in text
 
 
-def test_sharing_has_the_fifteen_patterns_and_three_seeds():
-    patterns = {}
+def test_sharing_has_all_fifteen_partitions_of_four_modules_and_three_seeds():
+    """Independently: a partition is which of the six pairs of modules share; fifteen are transitive."""
+    seeds = {}
     for values in question_of("reasoner-sharing").search().grid():
         if values["arm"] == "with a reasoner":
-            patterns.setdefault(values["weight_groups"], []).append(values["seed"])
-    assert list(patterns) == SHARING
-    assert set(map(tuple, patterns.values())) == {(7, 8, 9)}
+            seeds.setdefault(values["weight_groups"], []).append(values["seed"])
+    pairs = list(itertools.combinations(range(4), 2))
+    shared = {frozenset(pair for pair in pairs if groups[pair[0]] == groups[pair[1]]) for groups in seeds}
+    every = {frozenset(chosen) for count in range(7) for chosen in itertools.combinations(pairs, count)}
+    transitive = {
+        chosen for chosen in every
+        if all(tuple(sorted({*p} ^ {*q})) in chosen for p in chosen for q in chosen if len({*p} & {*q}) == 1)
+    }  # fmt: skip
+    assert len(transitive) == 15
+    assert shared == transitive
+    assert set(map(tuple, seeds.values())) == {(7, 8, 9)}
