@@ -199,12 +199,13 @@ def _print_table(question: "Question", search: "Search", trials: "Sequence[Trial
     rows = settings(question, trials)
     table = Table(title=escape(question.title), title_justify="left")
     for title in header(question):
-        table.add_column(escape(title), justify="right")
+        table.add_column(escape(title), justify="right", overflow="fold")
     sign = -1.0 if search.maximize else 1.0
     known = [row for row in rows if row.metrics]
     winner = min(known, key=lambda row: sign * row.metric[0], default=None)
     for row in sorted(rows, key=lambda row: (not row.metrics, sign * row.metric[0] if row.metrics else 0.0)):
         table.add_row(*map(escape, cells(question, row)), style="bold" if row is winner else None)
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)  # a file has no width
     for line in findings(question, rows) if known else []:
         print(line)
