@@ -13,7 +13,8 @@ after, with completions; writes before.json and after.json into the run's folder
 measured by how it orders the held-out sets of completions; what it writes is shown by any recipe that samples and has
 the same adapter: softrl evaluate --config quickstart --checkpoint FOLDER --output_dir ELSEWHERE. One of `--trainer
 quietstar` by the likelihood of held-out text with and without thoughts, and one of `--trainer soft_sft` by that behind
-true tokens and behind the model's own soft ones.
+true tokens and behind the model's own soft ones. One of `--trainer soft_ar` by that of all tokens and of those beyond
+the first window, with the text's own memory, without any, and with another text's.
 
   --checkpoint FOLDER  another folder with a model or an adapter; "latest" for the run's last checkpoint
   --key value          any key of `softrl train`
@@ -22,8 +23,13 @@ true tokens and behind the model's own soft ones.
 _TABLES = {  # trainers of texts, and what an evaluation of theirs shows
     "quietstar": ("nll", "base_nll", "gain", "nll_hard", "base_nll_hard", "accuracy", "base_accuracy", "mixing"),
     "soft_sft": ("hard_nll", "soft_nll", "nll_gap", "entropy", "soft_entropy", "fed_entropy"),
+    "soft_ar": (
+        "nll", "nll_truncated", "nll_permuted", "nll_soft", "nll_beyond", "nll_truncated_beyond",
+        "nll_permuted_beyond", "nll_soft_beyond", "accuracy_beyond", "accuracy_truncated_beyond",
+        "accuracy_permuted_beyond",
+    ),
     "reasoner": ("nll", "base_nll", "interpreter_nll", "gain", "accuracy", "mixing", "thought_entropy"),
-}
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

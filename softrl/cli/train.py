@@ -12,6 +12,7 @@ from softrl.cli.arguments import (
     KEYWORDS_DATASET,
     RANKINGS_DATASET,
     SCRATCH,
+    SHAKESPEARE_CORPUS,
     TEXTS_DATASET,
     WITHOUT_REWARDS,
     DataArguments,

@@ -79,9 +79,7 @@ def corpus_blocks(text: str, tokenizer: PreTrainedTokenizerBase, block_length_to
     return Dataset.from_dict({"input_ids": ids[: count * length].reshape(count, length)})
 
 
-def corpus_prompts(
-    text: str, tokenizer: PreTrainedTokenizerBase, prompt_length_tokens: int, count: int
-) -> Dataset:
+def corpus_prompts(text: str, tokenizer: PreTrainedTokenizerBase, prompt_length_tokens: int, count: int) -> Dataset:
     """Passages of a corpus to go on from, spread evenly over it.
 
     Args:

@@ -1,171 +1,155 @@
-"""What a latent reasoner learns by: the loss from one pass of the model, its parts, and the rewards of its thoughts.
+"""How the latent reasoner learns: its forward pass as the record that rules of learning from thoughts read.
 
-A thought h after a text x has the reward
-
-    R(h, x) = value + β H[π(y | h, x)],
-
-where π(y | h, x) is what the model predicts after it, and `value` is log π(y*|h, x) of the true next token, or, with
-a frozen language model D in the place of the data, `Σ_y π(y | h, x) log D(y | x)`, summed exactly. With D and β = 1, R
-is minus the reverse Kullback-Leibler divergence from D; with β = 0 the best prediction is D's mode.
-
-Predictions learn from the gradient of R itself; the reasoner by a rule on log π(h | x) (`thought_base`), or, where
-latents are reparameterised, through R. Axes: N texts, T tokens, M anchors (tokens that a target follows), S thoughts,
-V vocabulary. Left out: how thoughts are drawn, and the fit of a surrogate.
+The rules themselves are in `thought_rules`. Of every anchor (a position whose next token counts) a trainer minimises
+`rule.thought_losses(scored) − Σ_s rule.talk_weights(scored)_s · scored.rewards_s`, and what it adds for the base LM.
+Axes: N texts, T tokens, M anchors, S thoughts, n latents, V vocabulary, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
-from softrl.models.reasoner import ReasonerOutput
-from softrl.tokens.divergences import entropy
+from softrl.estimators.cross_entropy_method import (
+    DiscreteProposal,
+    GaussianProposal,
+    Proposal,
+    SearchSettings,
+    cross_entropy_search,
+)
+from softrl.estimators.thought_base import ScoredThoughts
+from softrl.models.reasoner import ReadTexts, ReasonerForCausalLM, ReasonerOutput
+from softrl.objectives.proxy import proxy_value
+from softrl.tokens.noise import sequence_seed
 
 
-@dataclass(frozen=True)
-class LatentObjective:
-    """What is minimised: `−(b · base + talk) + p · policy − β₂ · entropy`, each a mean over anchors.
-
-    `base` is R of the base LM's prediction, `talk` R of the mixed ones, weighted as the rule says, `policy` the rule's
-    losses, `entropy` that of thoughts, Σ_i H[π(h_i | h_<i, x)].
+def proxy_rewards(
+    output: ReasonerOutput, proxy_log_probs: Float[Tensor, "N T V"], beta: float
+) -> Float[Tensor, "N T S"]:
+    """`E_{y~π(y|h)}[log D(y | x)] + β H[π(y | h)]` of every thought, with the talk part's graph, nats.
 
     Args:
-        rule: how the reasoner learns; None: by reparameterised thoughts alone.
-        beta: β, weight of H[π(y | h, x)].
-        beta_2: β₂. Of several latents a thought, its gradient leaves out what earlier ones do to later ones' entropy.
-        base_weight, policy_weight: b, p.
+        output: with `talk_log_probs`.
+        proxy_log_probs: log D of the next token at every position, of a frozen model.
+        beta: see `objectives.proxy`.
+    """
+    talk = output.talk_log_probs
+    assert talk is not None
+    proxy = proxy_log_probs[:, :, None].expand(talk.shape)
+    return proxy_value(talk.flatten(0, 2), proxy.flatten(0, 2), beta).view(talk.shape[:3])
+
+
+def scored_latents(
+    output: ReasonerOutput, rewards: Float[Tensor, "N T S"] | None = None, valid: Bool[Tensor, "N T"] | None = None
+) -> ScoredThoughts:
+    """The thoughts of all anchors, M of them, drawn from the policy itself.
+
+    Args:
+        output: of a forward pass with labels.
+        rewards: in place of the labels' log-likelihood, see `proxy_rewards`.
+        valid: which positions are anchors; None for those whose next token counts.
     Raises:
-        ValueError: a negative weight.
+        ValueError: neither labels nor rewards were given, or nothing is left.
     """
-
-    rule: ThoughtRule | None
-    beta: float = 0.0
-    beta_2: float = 0.0
-    base_weight: float = 1.0
-    policy_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "beta_2", "base_weight", "policy_weight"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-
-    @property
-    def reparameterises(self) -> bool:
-        """Whether thoughts are drawn as functions of the reasoner."""
-        return self.rule is None and self.policy_weight > 0.0
+    rewards = output.rewards if rewards is None else rewards
+    valid = output.is_target if valid is None else valid
+    if rewards is None or valid is None:
+        raise ValueError("output has no rewards: pass labels to the forward pass, or rewards and valid here")
+    if not valid.any():
+        raise ValueError("no position has a next token that counts, so no thought has a reward; pass other texts")
+    log_probs = output.thought_log_probs
+    log_probs = torch.zeros_like(rewards) if log_probs is None else log_probs
+    log_z = None if output.log_z is None else output.log_z[valid]
+    return ScoredThoughts(rewards[valid], log_probs[valid], log_probs[valid].detach(), log_z=log_z)
 
 
-@dataclass(frozen=True)
-class LatentExtras:
-    """What some rules read beside the model's pass, of all positions; None where it is not read.
+def with_thought_entropy(scored: ScoredThoughts, beta_2: float) -> ScoredThoughts:
+    """Rewards `r − β₂ log π(h | x)`, the second part a constant: a score function then ascends `E r + β₂ H[π(h | x)]`.
+
+    Exact whatever the number of latents, as `∇H = −E[log π ∇log π]`; the optimum is `π* = softmax(r/β₂)`. The rules
+    `listwise`, `nca`, `partition` and `partition_learned` have the same target by their own `beta` and need no bonus.
 
     Args:
-        log_proxy: log D(y | x) at every position.
-        log_prior, uniforms, estimated, trusted: see `ScoredThoughts`.
-    """
-
-    log_proxy: Float[Tensor, "N T V"] | None = None
-    log_prior: Float[Tensor, "N T S"] | None = None
-    uniforms: Float[Tensor, "N T S"] | None = None
-    estimated: Float[Tensor, "N T S"] | None = None
-    trusted: Bool[Tensor, "N T S"] | None = None
-
-
-@dataclass(frozen=True)
-class LatentLoss:
-    """The loss and its parts, scalars with their graphs, and R of every anchor's thoughts, constants."""
-
-    loss: Float[Tensor, ""]
-    base: Float[Tensor, ""]
-    talk: Float[Tensor, ""]
-    policy: Float[Tensor, ""]
-    entropy: Float[Tensor, ""]
-    rewards: Float[Tensor, "M S"]
-
-
-def predicted_value(
-    log_probs: Float[Tensor, "*batch V"],
-    targets: Int[Tensor, "*batch"],
-    beta: float = 0.0,
-    log_proxy: Float[Tensor, "*batch V"] | None = None,
-) -> Float[Tensor, "*batch"]:
-    """R of predictions, nats; differentiable in them.
-
-    Args:
-        log_probs: log π(y | h, x), normalised.
-        targets: the true next tokens, which a proxy makes unread.
-        beta: β.
-        log_proxy: log D(y | x), finite; its shape may be broadcast.
-    """
-    if log_proxy is None:
-        value = log_probs.gather(-1, targets[..., None]).squeeze(-1)
-    else:
-        value = (log_probs.exp() * log_proxy.detach()).sum(-1)
-    if beta == 0.0:
-        return value
-    return value + beta * entropy(log_probs.flatten(0, -2)).view(value.shape)
-
-
-def latent_loss(output: ReasonerOutput, objective: LatentObjective, extras: LatentExtras) -> LatentLoss:
-    """See `LatentObjective`.
-
-    Args:
-        output: of a pass with labels; with `reparameterised` where the objective has no rule.
-        objective, extras: see there.
+        scored: rewards keep their graph, since what is added is constant.
+        beta_2: β₂ >= 0.
     Raises:
-        ValueError: what the rule raises.
+        ValueError: β₂ is negative.
     """
-    at, targets = output.is_target, output.targets
-    assert at is not None
-    assert targets is not None
-    assert output.talk_log_probs is not None
-    count = output.talk_log_probs.shape[2]
-    proxy = None if extras.log_proxy is None else extras.log_proxy[at]
-    rewards = predicted_value(
-        output.talk_log_probs[at], targets[at][:, None].expand(-1, count), objective.beta,
-        None if proxy is None else proxy[:, None],
-    )  # fmt: skip
-    nothing = rewards.new_zeros(())
-    base = nothing
-    if output.base_log_probs is not None:
-        base = _mean(predicted_value(output.base_log_probs[at], targets[at], objective.beta, proxy))
-    talk, policy, spread = _mean(rewards.mean(-1)), nothing, nothing
-    if output.thought_log_probs is not None and output.thought_values is not None and output.thought_values.shape[3]:
-        assert output.thought_entropy is not None
-        spread = _mean(output.thought_entropy[at].mean(-1))
-        if objective.rule is not None and objective.policy_weight > 0.0 and len(rewards):
-            scored = scored_thoughts(output, rewards, extras)
-            talk = _mean((objective.rule.talk_weights(scored) * rewards).sum(-1))
-            policy = _mean(objective.rule.thought_losses(scored))
-    loss = objective.policy_weight * policy - talk - objective.base_weight * base
-    if objective.beta_2 > 0.0:
-        loss = loss - objective.beta_2 * spread
-    return LatentLoss(loss, base, talk, policy, spread, rewards.detach())
+    if beta_2 < 0.0:
+        raise ValueError(f"beta_2 is the weight of an entropy and must not be negative, got {beta_2}")
+    bonus = -beta_2 * scored.log_probs.detach()
+    estimated = None if scored.estimated is None else scored.estimated + bonus
+    return replace(scored, rewards=scored.rewards + bonus, estimated=estimated)
 
 
-def scored_thoughts(output: ReasonerOutput, rewards: Float[Tensor, "M S"], extras: LatentExtras) -> ScoredThoughts:
-    """The thoughts of all anchors, drawn from the policy, as a rule reads them."""
-    at = output.is_target
-    assert at is not None
-    assert output.thought_log_probs is not None
-    log_probs = output.thought_log_probs[at]
+@dataclass(frozen=True)
+class FoundThoughts:
+    """Elites of a search after every token: latents to be scored with `values=`, best first, and their rewards."""
 
-    def of_anchors(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[at]
-
-    return ScoredThoughts(
-        rewards, log_probs, log_probs.detach(), of_anchors(extras.log_prior), of_anchors(output.log_z),
-        of_anchors(extras.estimated), of_anchors(extras.trusted), of_anchors(extras.uniforms),
-    )  # fmt: skip
+    values: Tensor  # N T E n, and a value's own axes
+    rewards: Float[Tensor, "N T E"]
 
 
-def _mean(values: Float[Tensor, "M"]) -> Float[Tensor, ""]:
-    """0, with a graph, where no token has a target."""
-    return values.sum() / max(len(values), 1)
+@torch.no_grad()
+def searched_thoughts(
+    model: ReasonerForCausalLM,
+    input_ids: Int[Tensor, "N T"],
+    attention_mask: Tensor | None,
+    targets: Int[Tensor, "N T"],
+    settings: SearchSettings,
+    seed: int,
+    row_ids: list[int] | None = None,
+) -> FoundThoughts:
+    """Search the latents of every position for those after which the next token is likeliest.
+
+    Elites are distilled by maximum likelihood: minimise `−log π(h | x)` of `model(..., values=found.values)`, and the
+    talk part's `−rewards` beside it. The search starts from uniform codes, or standard normal vectors, not from the
+    reasoner: what it finds does not depend on what the reasoner prefers.
+
+    Args:
+        model: with discrete or Gaussian latents.
+        input_ids, attention_mask: texts.
+        targets: next tokens; where there is none, any id.
+        settings: of the search.
+        seed, row_ids: see `ReasonerForCausalLM.forward`.
+    Raises:
+        ValueError: the model has no latents, or soft ones.
+    """
+    texts = model.read(input_ids, attention_mask)
+    shape = tuple(input_ids.shape)
+    rows = list(range(shape[0])) if row_ids is None else row_ids
+
+    def uniforms(index: int) -> Tensor:
+        drawn = model.uniforms(texts.positions, settings.num_samples, sequence_seed(seed, index), rows)
+        return drawn.flatten(0, 1)
+
+    def score(values: Tensor) -> Tensor:
+        return _rewards(model, texts, values.unflatten(0, shape), targets).flatten(0, 1)
+
+    found = cross_entropy_search(_first_proposal(model, input_ids), score, uniforms, settings)
+    return FoundThoughts(found.elites.unflatten(0, shape), found.rewards.unflatten(0, shape))
 
 
-def thought_nll(rewards: Float[Tensor, "M S"]) -> Float[Tensor, "M"]:
-    """`−log (1/S) Σ_s π(y* | h_s, x)` from log-probabilities: NLL of the mixture over thoughts, nats."""
-    return torch.tensor(float(rewards.shape[1])).log() - rewards.logsumexp(-1)
+def _first_proposal(model: ReasonerForCausalLM, input_ids: Tensor) -> Proposal:
+    config, count = model.config, input_ids.numel()
+    if not config.use_reasoner or config.n_thought == 0 or config.latent_kind == "soft":
+        raise ValueError(
+            "a search needs discrete or Gaussian latents, got "
+            f"use_reasoner={config.use_reasoner}, n_thought={config.n_thought}, latent_kind={config.latent_kind!r}"
+        )
+    if config.latent_kind == "discrete":
+        first = DiscreteProposal.uniform(count, config.n_thought, config.num_latents)
+        return DiscreteProposal(first.probs.to(input_ids.device))
+    normal = GaussianProposal.standard(count, config.n_thought, config.latent_size)
+    like = model.start
+    return GaussianProposal(normal.mean.to(like), normal.std.to(like))
+
+
+def _rewards(
+    model: ReasonerForCausalLM, texts: ReadTexts, values: Tensor, targets: Int[Tensor, "N T"]
+) -> Float[Tensor, "N T S"]:
+    """log p_mixed of the next token after given latents."""
+    hidden = model.interpreted(texts, model.latent.embed(values))
+    talk = model.talk(texts, hidden)["talk_log_probs"]
+    return talk.gather(-1, targets[:, :, None, None].expand(-1, -1, talk.shape[2], 1)).squeeze(-1)

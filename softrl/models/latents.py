@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softrl.tokens.divergences import entropy
@@ -91,6 +91,28 @@ class CodebookLatent(Latent):
         return entropy(outputs.log_softmax(-1).flatten(0, -2)).view(outputs.shape[:-1])
 
 
+def categorical_draw(log_probs: Float[Tensor, "*batch K"], uniforms: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+    """Codes by inversion.
+
+    Args:
+        log_probs: up to a constant, nats.
+        uniforms: of [0, 1), in float64.
+    """
+    below = log_probs.softmax(-1).cumsum(-1)
+    # Strictly below the total, so that a code without probability is never drawn, not even by rounding.
+    share = uniforms.to(below.dtype).clamp(max=1.0 - torch.finfo(below.dtype).eps)
+    return (below <= share[..., None] * below[..., -1:]).sum(-1)
+
+
+def gaussian_draw(
+    mean: Float[Tensor, "*batch"], sigma: Float[Tensor, "*batch"], uniforms: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """Normal numbers by inversion, differentiable in mean and σ; `uniforms` as above."""
+    finfo = torch.finfo(torch.float64)
+    normal = torch.special.ndtri(uniforms.clamp(finfo.tiny, 1.0 - finfo.eps))
+    return mean + sigma * normal.to(mean.dtype)
+
+
 class DiscreteLatent(CodebookLatent):
     """One of K codes, `π = softmax(outputs)`.
 
@@ -104,10 +126,7 @@ class DiscreteLatent(CodebookLatent):
     value_shape = ()
 
     def _draw(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        below = outputs.softmax(-1).cumsum(-1)
-        # Strictly below the total, so that a code without probability is never drawn, not even by rounding.
-        share = uniforms.to(below.dtype).clamp(max=1.0 - torch.finfo(below.dtype).eps)
-        return (below <= share * below[..., -1:]).sum(-1)
+        return categorical_draw(outputs, uniforms[..., 0])
 
     def log_prob(self, outputs: Float[Tensor, "*batch P"], values: Tensor) -> Float[Tensor, "*batch"]:
         return outputs.log_softmax(-1).gather(-1, values[..., None]).squeeze(-1)
@@ -189,9 +208,7 @@ class GaussianLatent(Latent):
 
     def _draw(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         mean, log_sigma = self.moments(outputs)
-        finfo = torch.finfo(torch.float64)
-        normal = torch.special.ndtri(uniforms.clamp(finfo.tiny, 1.0 - finfo.eps))
-        return mean + log_sigma.exp() * normal.to(mean.dtype)
+        return gaussian_draw(mean, log_sigma.exp(), uniforms)
 
     def log_prob(self, outputs: Float[Tensor, "*batch P"], values: Tensor) -> Float[Tensor, "*batch"]:
         mean, log_sigma = self.moments(outputs)

@@ -110,10 +110,6 @@ class ReasonerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, 0.0, module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, MixingHead | ValueHead):
-            last = module.last if isinstance(module, MixingHead) else module.linear
-            init.zeros_(last.weight)
-            init.zeros_(last.bias)
         elif isinstance(module, CodebookLatent):
             init.normal_(module.codebook, 0.0, 1.0)
         elif isinstance(module, ReasonerForCausalLM) and module.config.use_reasoner:
@@ -128,9 +124,10 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         latent: what is thought in; the model has no such part without a reasoner.
     """
 
-    mixing: Any
+    mixing: Any  # to a type checker every attribute of an nn.Module is a Tensor or a Module
     latent: Any
     log_z: Any
+    start: nn.Parameter
 
     def __init__(self, config: ReasonerConfig):
         super().__init__(config)
@@ -156,10 +153,22 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
             self.to_interpreter = projection(width, config.interpreter_size)
             self.log_z = ValueHead(width) if config.learns_log_z else None
         self.post_init()
+        self._zero_heads()
+
+    @torch.no_grad()
+    def _zero_heads(self) -> None:
+        """As their classes begin; transformers' `post_init` visits their layers alone, and redraws those."""
+        heads = [self.mixing.last] if self.config.use_base_lm else []
+        if self.config.use_reasoner and self.log_z is not None:
+            heads.append(self.log_z.linear)
+        for head in heads:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         """The interpreter's token embeddings: every model has one."""
-        return self.cores[self.config.group_of("interpreter")].get_input_embeddings()
+        core: Any = self.cores[self.config.group_of("interpreter")]
+        return core.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
         """None: heads may have two layers, and are not to be tied."""
@@ -213,9 +222,10 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: reparameterised discrete latents, neither or both of uniforms and values.
         """
-        if (uniforms is None) == (values is None):
+        given = uniforms if values is None else values
+        if given is None or (uniforms is not None and values is not None):
             raise ValueError("think needs random numbers to draw latents with, or latents to score: pass one of them")
-        num_thoughts, length = (values if uniforms is None else uniforms).shape[2:4]
+        num_thoughts, length = given.shape[2:4]
         anchors = self._anchors(texts, num_thoughts)
         before = texts.states[self.config.group_of("base_reasoner")]
         branches = before.handed_to(self._policy("reasoner")).branch(anchors)
@@ -226,7 +236,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         for index in range(length):
             hidden = branches.advance(fed)[:, :, -1].unflatten(1, shape[1:])
             outputs = self.latent_head(hidden)
-            value = values[:, :, :, index] if uniforms is None else draw(outputs, uniforms[:, :, :, index])
+            value = given[:, :, :, index] if uniforms is None else draw(outputs, given[:, :, :, index])
             embed = self.latent.embed(value)
             log_probs = self.latent.log_prob(outputs, value.detach())  # a constant: paths are `rsample`'s business
             steps.append((value, embed, outputs, log_probs, self.latent.entropy(outputs)))
@@ -236,15 +246,10 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         return LatentThoughts(*(torch.stack(parts, 3) for parts in zip(*steps, strict=True)))
 
     def _no_thoughts(self, shape: tuple[int, ...]) -> LatentThoughts:
-        empty = self.start.new_zeros(*shape, 0)
-        outputs, width = self.latent.num_outputs, self.config.reasoner_size
-        return LatentThoughts(
-            empty,
-            empty[..., None].expand(*empty.shape, width),
-            empty[..., None].expand(*empty.shape, outputs),
-            empty,
-            empty,
-        )
+        outputs = self.start.new_zeros(*shape, 0, self.latent.num_outputs)
+        values = self.latent.sample(outputs, outputs.new_zeros(*shape, 0, self.latent.num_uniforms))
+        log_probs, spread = self.latent.log_prob(outputs, values), self.latent.entropy(outputs)
+        return LatentThoughts(values, self.latent.embed(values), outputs, log_probs, spread)
 
     @staticmethod
     def _anchors(texts: ReadTexts, num_thoughts: int) -> Int[Tensor, "N L"]:

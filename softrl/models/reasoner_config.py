@@ -67,6 +67,7 @@ class ReasonerConfig(PreTrainedConfig):
     """
 
     model_type = "softrl_reasoner"
+    __no_type_check__ = True  # jaxtyping's check of dataclasses, under pytest, knows no arguments beyond the fields
 
     vocab_size: int = 128
     core: str = "gru"
@@ -104,8 +105,8 @@ class ReasonerConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {get_args(names)}, got {getattr(self, name)!r}")
         if self.simple_lm_head and self.head_activation != "none":
             raise ValueError(
-                f"head_activation={self.head_activation!r} is between two layers of a head, and simple_lm_head=True has "
-                "one; set simple_lm_head=False"
+                f"head_activation={self.head_activation!r} is between two layers of a head, and simple_lm_head=True "
+                "has one; set simple_lm_head=False"
             )
         self._check_sizes()
 

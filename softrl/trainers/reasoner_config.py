@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
-from softrl.estimators.latent_thoughts import LatentObjective
+from softrl.estimators.cross_entropy_method import SearchSettings
+from softrl.estimators.latent_objective import LatentObjective
 from softrl.estimators.thought_base import ThoughtRule
 from softrl.estimators.thought_rules import THOUGHT_RULES, make_thought_rule
 from softrl.estimators.thought_sets import Ranking, SetRule
@@ -13,8 +14,8 @@ from softrl.trainers._bridge import BaseConfig
 from softrl.trainers.engines import load_whole_models
 from softrl.trainers.precision import bf16_by_default
 
-REPARAMETERISED, SURROGATE = "reparameterised", "surrogate"
-OBJECTIVES = (*THOUGHT_RULES, REPARAMETERISED, SURROGATE)
+REPARAMETERISED, SURROGATE, SEARCH = "reparameterised", "surrogate", "cem"
+OBJECTIVES = (*THOUGHT_RULES, REPARAMETERISED, SURROGATE, SEARCH)
 RewardFrom = Literal["data", "proxy"]
 
 
@@ -75,16 +76,18 @@ class ReasonerTrainingConfig(BaseConfig):
 
         objective (`str`, *optional*, defaults to `"reinforce"`):
             How the reasoner learns: a rule of [`~softrl.estimators.thought_rules`], `"reparameterised"` (through
-            Gaussian or soft latents), or `"surrogate"`: by `surrogate_rule` from an ensemble that is fitted to the
-            rewards by least squares, where its members agree.
+            Gaussian or soft latents), `"surrogate"`: by `surrogate_rule` from an ensemble that is fitted to the
+            rewards by least squares, where its members agree, or `"cem"`: from the best latents that the
+            cross-entropy method finds after each token (a baseline, many times slower).
         objective_settings (`dict[str, Any]`, *optional*):
-            Settings of the rule, for instance `{"positive_only": true}`.
+            Settings of the rule, for instance `{"positive_only": true}`, or of the search, see
+            [`~softrl.estimators.cross_entropy_method.SearchSettings`].
         num_thoughts (`int`, *optional*, defaults to `4`):
             Thoughts after each token (S).
         policy_weight (`float`, *optional*, defaults to `1.0`):
             Of the rule's loss; 0 is a control: thoughts stay as they began. With `"reparameterised"` 0 or 1.
-        base_weight (`float`, *optional*, defaults to `1.0`):
-            Of the base LM's own loss.
+        base_weight, interpreter_weight (`float`, *optional*, default to `1.0`):
+            Of the base LM's and the interpreter's own losses, beside that of their mixture.
         reward_from (`str`, *optional*, defaults to `"data"`):
             `"data"`: the log-likelihood of the true next token. `"proxy"`: the expectation of log D under what is
             predicted, D being `proxy_model`, a frozen language model with the same tokenizer.
@@ -162,6 +165,7 @@ class ReasonerTrainingConfig(BaseConfig):
     num_thoughts: int = field(default=4, metadata={"help": "Thoughts after each token (S)."})
     policy_weight: float = field(default=1.0, metadata={"help": "Weight of the rule's loss."})
     base_weight: float = field(default=1.0, metadata={"help": "Weight of the base LM's own loss."})
+    interpreter_weight: float = field(default=1.0, metadata={"help": "Weight of the interpreter's own loss."})
     reward_from: str = field(
         default="data", metadata={"help": "What thoughts are scored by.", "choices": list(get_args(RewardFrom))}
     )
@@ -232,10 +236,10 @@ class ReasonerTrainingConfig(BaseConfig):
 
     @property
     def rule_name(self) -> str | None:
-        """The rule that the reasoner learns by; None with reparameterised thoughts."""
+        """The rule that the reasoner learns by; None with reparameterised thoughts and with a search."""
         if self.objective == SURROGATE:
             return self.surrogate_rule
-        return None if self.objective == REPARAMETERISED else self.objective
+        return None if self.objective in (REPARAMETERISED, SEARCH) else self.objective
 
     def make_objective(self) -> LatentObjective:
         """What is minimised.
@@ -244,7 +248,7 @@ class ReasonerTrainingConfig(BaseConfig):
             ValueError: settings that the objective does not have.
         """
         name, settings = self.rule_name, dict(self.objective_settings or {})  # type: ignore[arg-type]
-        if name is None and (settings or self.policy_weight not in (0.0, 1.0)):
+        if self.objective == REPARAMETERISED and (settings or self.policy_weight not in (0.0, 1.0)):
             raise ValueError(
                 "objective='reparameterised' has no rule whose loss could be weighted or set: policy_weight must be 0 "
                 f"or 1 and objective_settings empty, got {self.policy_weight} and {settings}"
@@ -252,22 +256,38 @@ class ReasonerTrainingConfig(BaseConfig):
         beta = self.beta
         if beta is None:
             beta = 1.0 if self.reward_from == "proxy" else 0.0
-        weights = {"base_weight": self.base_weight, "policy_weight": self.policy_weight}
+        weights = {
+            "base_weight": self.base_weight, "interpreter_weight": self.interpreter_weight,
+            "policy_weight": self.policy_weight,
+        }  # fmt: skip
         if name is None:
-            return LatentObjective(None, beta, self.beta_2 or 0.0, **weights)
+            search = self._search(settings) if self.objective == SEARCH else None
+            return LatentObjective(None, search, beta, self.beta_2 or 0.0, **weights)
         rule = make_thought_rule(name, settings)
         if isinstance(rule, SetRule) and not isinstance(rule, Ranking):  # their temperature, and no weight beside it
             if self.beta_2 is not None:
                 rule = make_thought_rule(name, {"beta": self.beta_2, **settings})
-            return LatentObjective(rule, beta, 0.0, **weights)
-        return LatentObjective(rule, beta, self.beta_2 or 0.0, **weights)
+            return LatentObjective(rule, None, beta, 0.0, **weights)
+        return LatentObjective(rule, None, beta, self.beta_2 or 0.0, **weights)
+
+    def _search(self, settings: dict[str, Any]) -> SearchSettings:
+        known = {each.name for each in fields(SearchSettings)}
+        if unknown := set(settings) - known:
+            raise ValueError(f"objective='cem' takes the settings {sorted(known)}, got {sorted(unknown)} as well")
+        if self.reward_from == "proxy":
+            raise ValueError(
+                "objective='cem' searches for what makes the true next token likely: use reward_from='data'"
+            )
+        return SearchSettings(**settings)
 
     def check_model(self, config: ReasonerConfig) -> None:
         """Raise ValueError where a model's thoughts cannot learn by the objective."""
         rule = self.make_objective().rule
         if not config.use_reasoner or self.policy_weight == 0.0 or config.n_thought == 0:
             return
-        if rule is None and config.latent_kind == "discrete":
+        if self.objective == SEARCH and config.latent_kind == "soft":
+            raise ValueError("objective='cem' searches for discrete or Gaussian latents, and latent_kind is 'soft'")
+        if self.objective == REPARAMETERISED and config.latent_kind == "discrete":
             raise ValueError(
                 "objective='reparameterised' needs latents that change continuously, and latent_kind is 'discrete'; "
                 "use 'gaussian' or 'soft', or an objective that weights log-probabilities"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softrl.estimators.latent_thoughts import thought_nll
+from softrl.estimators.latent_objective import thought_nll
 from softrl.models.reasoner import ReasonerForCausalLM, ReasonerOutput
 
 

@@ -1,10 +1,10 @@
 """`ReasonerTrainer`: a language model that thinks in latents, trained on plain text, from scratch or further.
 
-The maths is in `estimators.latent_thoughts`, the model in `models.reasoner`. Left out: engines that shard parameters.
+The maths is in `estimators.latent_objective`, the model in `models.reasoner`. Left out: engines that shard parameters.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from softrl.assets import resolve_model
 from softrl.data.texts import INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
-from softrl.estimators.latent_thoughts import LatentExtras, latent_loss
+from softrl.estimators.latent_objective import LatentExtras, latent_loss
+from softrl.estimators.latent_thoughts import searched_thoughts
 from softrl.models.policy import evaluating
 from softrl.models.reasoner import IGNORED, ReasonerForCausalLM, ReasonerOutput
 from softrl.tokens.noise import SequenceRandom, sequence_seed
@@ -223,10 +224,14 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
         """
         model = self.accelerator.unwrap_model(self.model)
         output = self.passed(model, batch, self.state.global_step)
-        found = latent_loss(output, self.objective, self.extras(output, batch))
+        extras = self.extras(output, batch)
+        if self.thinks and self.objective.searches:
+            extras = replace(extras, elite_log_probs=self._elite_log_probs(model, output, batch))
+        found = latent_loss(output, self.objective, extras)
         with torch.no_grad():
             numbers = self._numbers(output) | {
-                "loss/base": -found.base, "loss/talk": -found.talk, "loss/policy": found.policy,
+                "loss/base": -found.base, "loss/interpreter": -found.interpreter, "loss/talk": -found.talk,
+                "loss/policy": found.policy,
                 "reward": found.rewards.sum() / max(found.rewards.numel(), 1),
                 "reward_std": found.rewards.std(-1, unbiased=False).sum() / max(len(found.rewards), 1),
             }  # fmt: skip
@@ -248,6 +253,15 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
             reparameterised=self.objective.reparameterises and not evaluates and self.thinks,
             with_logits=evaluates,
         )  # fmt: skip
+
+    def _elite_log_probs(self, model: ReasonerForCausalLM, output: ReasonerOutput, batch: TextBatch) -> Tensor:
+        """log π of the best latents after every token, [N, T, E]."""
+        search, targets = self.objective.search, output.targets
+        assert search is not None
+        assert targets is not None
+        seed = sequence_seed(self.args.seed, self.state.global_step, _DRAWS)
+        found = searched_thoughts(model, batch.ids, batch.mask, targets, search, seed, batch.indices)
+        return model.think(model.read(batch.ids, batch.mask), values=found.values).log_probs.sum(-1)
 
     @torch.no_grad()
     def extras(self, output: ReasonerOutput, batch: TextBatch) -> LatentExtras:

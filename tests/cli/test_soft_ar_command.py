@@ -1,0 +1,86 @@
+"""`softrl train --trainer soft_ar` from a text alone: the run, its evaluation, writing on, and a reward after it."""
+
+import json
+import re
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softrl.cli import evaluate, generate
+from softrl.cli.train import main
+from softrl.contexts.soft_ar import SoftARForCausalLM
+
+pytestmark = pytest.mark.slow  # imports trl
+
+LINES = [
+    f"The {'king' if i % 3 else 'queen'} of {'France' if i % 2 else 'Spain'} has {i % 7} ships." for i in range(90)
+]
+
+
+def arguments(**settings):
+    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+
+QUICK = {
+    "report_to": "none", "logging_steps": 1, "use_cpu": "true", "disable_tqdm": "true", "save_strategy": "no",
+    "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Arguments of a run on a text, in a folder of its own."""
+    (tmp_path / "corpus.txt").write_text("\n".join(LINES))
+    monkeypatch.chdir(tmp_path)
+    return arguments(
+        trainer="soft_ar", dataset_name="corpus.txt", num_eval_prompts=3, block_length_tokens=48, hidden_size=16,
+        num_layers=1, num_heads=2, num_segments=1, segment_tokens=6, num_hard=8, num_soft=4, soft_share=0.5,
+        per_device_train_batch_size=4, max_steps=4, output_dir="run", **QUICK,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [[], ["--output", "embedding", "--core", "gru", "--tokenizer", "300", "--block_length_tokens", "20"]])
+def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
+    assert main([*tiny, *extra]) == 0
+    out = capsys.readouterr().out
+    assert "Model saved to run." in out
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("run"), AutoTokenizer.from_pretrained("run")
+    assert type(model) is SoftARForCausalLM
+    assert model.model.layout.stride == 4
+    assert model.config.vocab_size == len(tokenizer)
+    assert evaluate.main([*tiny, *extra]) == 0
+    out = capsys.readouterr().out
+    assert "3 held-out texts, nats a token" in out
+    for row in ("nll_beyond", "nll_truncated_beyond", "nll_permuted_beyond", "nll_soft_beyond"):
+        assert row in out
+    # Past the window of twelve, by all that softrl can do with a model: hard and soft.
+    for way in (["--hard"], ["--relaxation", "softmax", "--max_entropy_nats", "0.5"]):
+        command = ["--model", "run", "--prompt", LINES[1], "--max_new_tokens", "30", "--no_stream"]
+        assert generate.main([*command, *way, "--output_file", "texts.jsonl"]) == 0
+        with open("texts.jsonl") as file:
+            assert len(json.loads(file.read())["kept"]) == 30
+    capsys.readouterr()
+    rewarded = arguments(
+        trainer="soft_rollout", model_name_or_path="run", dataset_name="prompts.txt", judge="none",
+        reward_funcs="cli.test_soft_ar_command.vowels", num_train_prompts=8, num_eval_prompts=2, max_steps=2,
+        max_completion_length=6, per_device_train_batch_size=4, output_dir="rewarded", top_k=8, **QUICK,
+    )  # fmt: skip
+    with open("prompts.txt", "w") as file:
+        file.write("\n".join(LINES[:10]))
+    assert main(rewarded) == 0
+    assert "Model saved to rewarded." in capsys.readouterr().out
+    assert type(AutoModelForCausalLM.from_pretrained("rewarded")) is SoftARForCausalLM
+
+
+def vowels(tokens):
+    """A differentiable reward of soft tokens: how often ids are even."""
+    return ((tokens.weights * (tokens.ids % 2 == 0)).sum(-1) * tokens.survival).sum(-1)
+
+
+def test_what_does_not_go_is_said(tiny, capsys):
+    assert main([*tiny, "--use_peft", "true"]) == 2
+    assert "trains a model whole" in capsys.readouterr().err
+    assert main([*tiny, "--block_length_tokens", "8"]) == 2
+    assert "window has 14 places, and the language model max_position_embeddings=8" in capsys.readouterr().err
+    assert main([*tiny, "--reward_funcs", "sentiment"]) == 2
+    assert re.search("learns from the data set alone and calls no reward_funcs", capsys.readouterr().err)
