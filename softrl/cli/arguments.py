@@ -17,7 +17,8 @@ TEXTS_DATASET = "review-texts"
 EMBEDDED_DATASETS = (BUILTIN_DATASET, KEYWORDS_DATASET, RANKINGS_DATASET, TEXTS_DATASET)
 # Of trainers of small models, whose model and tokenizer are made where model_name_or_path is "scratch".
 SCRATCH, SHAKESPEARE_CORPUS, POINTER_CORPUS = "scratch", "shakespeare", "pointer-chasing"
-CORPORA = (SHAKESPEARE_CORPUS, POINTER_CORPUS)
+RECALL_CORPUS = "key-recall"
+CORPORA = (SHAKESPEARE_CORPUS, POINTER_CORPUS, RECALL_CORPUS)
 FROM_SCRATCH = ("reasoner", "soft_ar")
 _ALL_BLOCKS = 100_000  # more than the corpus has
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`

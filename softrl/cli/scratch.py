@@ -8,7 +8,7 @@ Every process of a launch makes the same; what takes long is kept in the cache u
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softrl.cli.arguments import CORPORA, POINTER_CORPUS, SCRATCH, SHAKESPEARE_CORPUS, TrainArguments
+from softrl.cli.arguments import CORPORA, POINTER_CORPUS, RECALL_CORPUS, SCRATCH, SHAKESPEARE_CORPUS, TrainArguments
 
 _HELD_OUT = 10  # the last of so many parts of a corpus that has no split of its own
 
@@ -37,6 +37,8 @@ def beginning(arguments: TrainArguments, training_args: Any, name: str, tokenize
         raise ValueError(f"prompt_prefix={arguments.prompt_prefix!r} is put before prompts, and a corpus has none")
     if arguments.dataset_name == POINTER_CORPUS:
         tokenizer, train, test = _pointers(arguments, tokenizer)
+    elif arguments.dataset_name == RECALL_CORPUS:
+        tokenizer, train, test = _recall(arguments, training_args, tokenizer)
     else:
         tokenizer, train, test = _blocks(arguments, training_args, tokenizer)
     if name != SCRATCH:
@@ -115,6 +117,24 @@ def _pointers(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any, Any]
     if tokenizer is not None:
         pointer_chasing(tokenizer, 1, hops=(3,))  # refuses a tokenizer of other ids
     return task.tokenizer, task.train.remove_columns(ANCHOR_COLUMN), task.test.remove_columns(ANCHOR_COLUMN)
+
+
+def _recall(arguments: TrainArguments, training_args: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+    """A key with `block_length_tokens` of Shakespeare between it and the question; the answer counts alone."""
+    from softrl.data.characters import shakespeare
+    from softrl.data.corpus import corpus_tokenizer
+    from softrl.data.key_recall import key_recall, with_keys
+
+    if tokenizer is None:
+        tokenizer = with_keys(corpus_tokenizer(training_args.tokenizer, shakespeare("train")))
+    counts: dict[Any, int] = {"train": min(arguments.num_train_prompts, 20_000), "test": arguments.num_eval_prompts}
+    train, test = (
+        key_recall(tokenizer, count, training_args.block_length_tokens, split=split).select_columns(
+            ["input_ids", "completion_mask"]
+        )
+        for split, count in counts.items()
+    )
+    return tokenizer, train, test
 
 
 def _soft_ar(training_args: Any, tokenizer: Any) -> Any:

@@ -15,7 +15,7 @@ from softrl.assets import write_atomically
 from softrl.studies.html import mean_and_error
 from softrl.studies.sweep import SEED, Trial
 from softrl.studies.sweep_question import Question
-from softrl.studies.sweep_summary import Pair, Setting, word
+from softrl.studies.sweep_summary import Pair, Setting, baseline_words, word
 from softrl.studies.variance_style import COLOURS, Style, png, pyplot, styles
 
 
@@ -67,7 +67,7 @@ def plot_question(question: Question, rows: Sequence[Setting], path: Path) -> No
         _panel(panels[0], layout, of_facet, looks, draw, question.metric, title, _metrics)
         if compared:
             paired = [row for row in of_facet if row.pairs]
-            name = f"{question.metric}: difference to " + _words(question)
+            name = f"{question.metric}: difference to {baseline_words(question)}"
             _panel(panels[1], layout, paired, looks, draw, name, title, lambda row: ([], row.difference))
             (panels[1].axvline if categories else panels[1].axhline)(0.0, color="0.4", linewidth=1.0)
             if categories:
@@ -77,13 +77,6 @@ def plot_question(question: Question, rows: Sequence[Setting], path: Path) -> No
         by_label = dict(zip(labels, handles, strict=True))
         figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _write(figure, path)
-
-
-def _words(question: Question) -> str:
-    return ", ".join(
-        str(value) if isinstance(value, str) else f"{key}={word(value)}"
-        for key, value in question.report.baseline.items()
-    )
 
 
 def _layout(question: Question, rows: Sequence[Setting]) -> _Layout:

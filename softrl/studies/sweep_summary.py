@@ -111,11 +111,18 @@ def word(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def baseline_words(question: Question) -> str:
+    """What settings are compared with; a label speaks for itself."""
+    return ", ".join(
+        str(value) if isinstance(value, str) else f"{key}={word(value)}"
+        for key, value in question.report.baseline.items()
+    )
+
+
 def header(question: Question) -> list[str]:
     """Of the table's columns."""
     keys = question.keys
-    against = ", ".join(f"{key}={word(value)}" for key, value in question.report.baseline.items())
-    compared = [f"difference to {against}", "better"] if question.report.baseline else []
+    compared = [f"difference to {baseline_words(question)}", "better"] if question.report.baseline else []
     return [*keys, "n", question.metric, *compared, *question.columns.values(), "seconds"]
 
 

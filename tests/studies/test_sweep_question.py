@@ -152,7 +152,7 @@ def test_tables(tmp_path):
     asked = question(tmp_path)
     rows = settings(asked, by_hand())
     assert header(asked) == [
-        "arm", "size", "weight", "n", "nll", "difference to arm=without", "better", "parameters", "seconds",
+        "arm", "size", "weight", "n", "nll", "difference to without", "better", "parameters", "seconds",
     ]  # fmt: skip
     assert cells(asked, rows[0]) == [
         "with", "2", "0", "3", "4.000 ± 0.000", "-2.000 ± 0.577", "3 of 3", "10", "2.00",
