@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from softrl.cli.arguments import CORPORA, POINTER_CORPUS, RECALL_CORPUS, SCRATCH, SHAKESPEARE_CORPUS, TrainArguments
 
+_MOST_ROWS = 20_000  # of what is made, not read
 _HELD_OUT = 10  # the last of so many parts of a corpus that has no split of its own
 
 
@@ -120,21 +121,22 @@ def _pointers(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any, Any]
 
 
 def _recall(arguments: TrainArguments, training_args: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """A key with `block_length_tokens` of Shakespeare between it and the question; the answer counts alone."""
+    """A key with `block_length_tokens` of Shakespeare between it and the question; the answer counts alone.
+
+    In training rows it is up to so many: where the key is near, what is asked for is learned first.
+    """
     from softrl.data.characters import shakespeare
     from softrl.data.corpus import corpus_tokenizer
     from softrl.data.key_recall import key_recall, with_keys
+    from softrl.data.texts import MASK_COLUMN
 
     if tokenizer is None:
         tokenizer = with_keys(corpus_tokenizer(training_args.tokenizer, shakespeare("train")))
-    counts: dict[Any, int] = {"train": min(arguments.num_train_prompts, 20_000), "test": arguments.num_eval_prompts}
-    train, test = (
-        key_recall(tokenizer, count, training_args.block_length_tokens, split=split).select_columns(
-            ["input_ids", "completion_mask"]
-        )
-        for split, count in counts.items()
-    )
-    return tokenizer, train, test
+    longest = training_args.block_length_tokens
+    train = key_recall(tokenizer, min(arguments.num_train_prompts, _MOST_ROWS), (1, longest), split="train")
+    test = key_recall(tokenizer, arguments.num_eval_prompts, longest, split="test")
+    columns = ["input_ids", MASK_COLUMN]
+    return tokenizer, train.select_columns(columns), test.select_columns(columns)
 
 
 def _soft_ar(training_args: Any, tokenizer: Any) -> Any:
