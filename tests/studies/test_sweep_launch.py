@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
@@ -136,8 +137,10 @@ def test_jobs_that_fail_say_why_and_jobs_that_run_are_cancelled(tmp_path):
 
 
 def test_what_submitit_is_asked_to_do_before_the_time_is_up(tmp_path):
-    trial = SubmittedTrial(InFolder(tmp_path), 1)
+    trial, stopped = SubmittedTrial(InFolder(tmp_path), 1), []
+    trial._processes = SimpleNamespace(stop=lambda: stopped.append(True))
     again = trial.checkpoint({"a": 1})
+    assert stopped == [True]  # before the job is put in line again, which ends this one
     assert isinstance(again.function, SubmittedTrial)
     assert again.args == ({"a": 1},)
 
