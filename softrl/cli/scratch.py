@@ -104,7 +104,10 @@ def spread(blocks: Any, count: int) -> Any:
     if count < 1:
         raise ValueError(f"num_train_prompts and num_eval_prompts must be at least 1, got {count}")
     number = len(blocks)
-    return blocks if count >= number else blocks.select([index * number // count for index in range(count)])
+    if count >= number:
+        return blocks
+    chosen = blocks[[index * number // count for index in range(count)]]
+    return type(blocks).from_dict(chosen, features=blocks.features)  # `select` would be resolved later, with a bar
 
 
 def _pointers(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any, Any]:

@@ -96,7 +96,8 @@ class GaussianProposal(Proposal):
         return cls(zeros, torch.ones_like(zeros))
 
     def sample(self, uniforms: Float[Tensor, "M S n d"]) -> Float[Tensor, "M S n d"]:
-        return gaussian_draw(*(each[:, None].expand(uniforms.shape) for each in (self.mean, self.std)), uniforms)
+        mean, std = (each[:, None].expand(uniforms.shape) for each in (self.mean, self.std))
+        return gaussian_draw(mean, std, uniforms)
 
     def updated(self, elites: Float[Tensor, "M E n d"], smoothing: float) -> "GaussianProposal":
         fit = (elites.mean(1), elites.std(1, correction=0))

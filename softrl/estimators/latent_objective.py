@@ -15,7 +15,6 @@ surrogate.
 
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -121,11 +120,10 @@ def predicted_value(
         log_probs: log π(y | h, x), normalised.
         targets: the true next tokens, which a proxy makes unread.
         beta: β.
-        log_proxy: log D(y | x), finite; its shape may be broadcast.
+        log_proxy: log D(y | x), finite.
     """
     if log_proxy is not None:
-        proxy = log_proxy.expand(log_probs.shape).flatten(0, -2)
-        return proxy_value(log_probs.flatten(0, -2), proxy, beta).view(targets.shape)
+        return proxy_value(log_probs.flatten(0, -2), log_proxy.flatten(0, -2), beta).view(targets.shape)
     value = log_probs.gather(-1, targets[..., None]).squeeze(-1)
     if beta == 0.0:
         return value
@@ -150,7 +148,8 @@ def latent_loss(output: ReasonerOutput, objective: LatentObjective, extras: Late
     def value(log_probs: Tensor) -> Tensor:
         """R of predictions [M, S, V]."""
         true = targets[at][:, None].expand(log_probs.shape[:2])
-        return predicted_value(log_probs, true, objective.beta, None if proxy is None else proxy[:, None])
+        of_proxy = None if proxy is None else proxy[:, None].expand(log_probs.shape)
+        return predicted_value(log_probs, true, objective.beta, of_proxy)
 
     rewards = value(output.talk_log_probs[at])
     nothing = rewards.new_zeros(())
@@ -198,8 +197,3 @@ def scored_by(
 def _mean(values: Float[Tensor, "M"]) -> Float[Tensor, ""]:
     """0, with a graph, where no token has a target."""
     return values.sum() / max(len(values), 1)
-
-
-def thought_nll(rewards: Float[Tensor, "M S"]) -> Float[Tensor, "M"]:
-    """`−log (1/S) Σ_s π(y* | h_s, x)` from log-probabilities: NLL of the mixture over thoughts, nats."""
-    return torch.tensor(float(rewards.shape[1])).log() - rewards.logsumexp(-1)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softrl.estimators.latent_objective import thought_nll
 from softrl.models.reasoner import ReasonerForCausalLM, ReasonerOutput
+from softrl.models.reasoner_parts import log_mean_exp
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def by_token(output: ReasonerOutput) -> dict[str, Tensor]:
         return log_probs.gather(-1, chosen).squeeze(-1)[at]
 
     found = {
-        "nll": thought_nll(output.rewards[at]),
-        "interpreter_nll": thought_nll(of_targets(output.interpreter_log_probs)),
+        "nll": -log_mean_exp(output.rewards[at], -1),
+        "interpreter_nll": -log_mean_exp(of_targets(output.interpreter_log_probs), -1),
     }
     if output.logits is not None:
         found["hits"] = (output.logits[at].argmax(-1) == targets[at]).float()

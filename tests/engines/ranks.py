@@ -109,6 +109,12 @@ def trainer_of(case, folder):
         return thinking_trainer_of(case, folder)
     if case["method"] == "SoftSFT":
         return supervised_trainer_of(case, folder)
+    if case["method"] == "Reasoner":
+        from trainers.test_reasoner_trainer import texts, trained
+
+        rows = {"train": texts(case["rows"]), "evaluation": texts(3, seed=1), "float32": True}
+        place = {"use_cpu": case["engine"] in ("single", "ddp"), "ddp_backend": "gloo" if case["world"] > 1 else None}
+        return trained(folder / f"{case['name']}-run", **rows, **place, **case["settings"])
     from helpers import PairReward, classifier, llama
     from trainers.tiny import dataset, make, ranked_dataset, word_tokenizer
 
