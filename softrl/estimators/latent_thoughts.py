@@ -8,7 +8,7 @@ Axes: N texts, T tokens, M anchors, S thoughts, n latents, V vocabulary, D width
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from softrl.estimators.cross_entropy_method import (
@@ -20,45 +20,22 @@ from softrl.estimators.cross_entropy_method import (
 )
 from softrl.estimators.thought_base import ScoredThoughts
 from softrl.models.reasoner import ReadTexts, ReasonerForCausalLM, ReasonerOutput
-from softrl.objectives.proxy import proxy_value
 from softrl.tokens.noise import sequence_seed
 
 
-def proxy_rewards(
-    output: ReasonerOutput, proxy_log_probs: Float[Tensor, "N T V"], beta: float
-) -> Float[Tensor, "N T S"]:
-    """`E_{y~π(y|h)}[log D(y | x)] + β H[π(y | h)]` of every thought, with the talk part's graph, nats.
-
-    Args:
-        output: with `talk_log_probs`.
-        proxy_log_probs: log D of the next token at every position, of a frozen model.
-        beta: see `objectives.proxy`.
-    """
-    talk = output.talk_log_probs
-    assert talk is not None
-    proxy = proxy_log_probs[:, :, None].expand(talk.shape)
-    return proxy_value(talk.flatten(0, 2), proxy.flatten(0, 2), beta).view(talk.shape[:3])
-
-
-def scored_latents(
-    output: ReasonerOutput, rewards: Float[Tensor, "N T S"] | None = None, valid: Bool[Tensor, "N T"] | None = None
-) -> ScoredThoughts:
-    """The thoughts of all anchors, M of them, drawn from the policy itself.
+def scored_latents(output: ReasonerOutput) -> ScoredThoughts:
+    """The thoughts of all anchors, M of them, drawn from the policy itself; rewards are the labels' log-likelihood.
 
     Args:
         output: of a forward pass with labels.
-        rewards: in place of the labels' log-likelihood, see `proxy_rewards`.
-        valid: which positions are anchors; None for those whose next token counts.
     Raises:
-        ValueError: neither labels nor rewards were given, or nothing is left.
+        ValueError: no labels were given, or none of them counts.
     """
-    rewards = output.rewards if rewards is None else rewards
-    valid = output.is_target if valid is None else valid
+    rewards, valid, log_probs = output.rewards, output.is_target, output.thought_log_probs
     if rewards is None or valid is None:
-        raise ValueError("output has no rewards: pass labels to the forward pass, or rewards and valid here")
+        raise ValueError("output has no rewards: pass labels to the forward pass")
     if not valid.any():
         raise ValueError("no position has a next token that counts, so no thought has a reward; pass other texts")
-    log_probs = output.thought_log_probs
     log_probs = torch.zeros_like(rewards) if log_probs is None else log_probs
     log_z = None if output.log_z is None else output.log_z[valid]
     return ScoredThoughts(rewards[valid], log_probs[valid], log_probs[valid].detach(), log_z=log_z)

@@ -76,6 +76,36 @@ def finish_card(path: Path, facts: CardFacts) -> None:
     card.save(path)
 
 
+def finish_text_card(path: Path, name: str, base: str, module: str) -> None:
+    """The same for a small model of a class of ours, trained on plain text.
+
+    Args:
+        path: of the card.
+        name: the model's, or its folder's.
+        base: the model that it was trained from, empty when it was built in memory.
+        module: what has to be imported for the Auto classes to know its class.
+    """
+    card = ModelCard.load(path)
+    card.data["pipeline_tag"] = "text-generation"
+    card.data["base_model"] = None if Path(base).is_dir() or not base else base
+    training = card.text.split(_TRAINING, 1)[1].replace("- TRL:", f"- softrl: {version('softrl')}\n- TRL:", 1)
+    subject = f"This model was trained from `{Path(base).name}`" if base else "This model was trained from scratch"
+    quick_start = (
+        f"import {module}  # whose classes the Auto classes then know\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        'inputs = tokenizer("To be", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))"
+    )
+    text = (
+        f"# Model Card for {name}\n\n{subject} with softrl, on top of [TRL](https://github.com/huggingface/trl).\n\n"
+        f"{_QUICK_START}\n\n```python\n{quick_start}\n```\n\n{_TRAINING}\n{training}"
+    )
+    card.text = re.sub(r"\n\s*\n", "\n\n", text)
+    card.save(path)
+
+
 def _introduction(facts: CardFacts, dataset: str | None) -> str:
     base = f"`{facts.shown_base}`"
     if not facts.base_is_local:

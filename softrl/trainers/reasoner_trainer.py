@@ -30,7 +30,7 @@ from softrl.trainers.checkpoints import CheckpointMixin
 from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
 from softrl.trainers.loading import load_model, load_tokenizer, model_name
 from softrl.trainers.metrics import MetricLog
-from softrl.trainers.model_card import CITATION
+from softrl.trainers.model_card import CITATION, finish_text_card
 from softrl.trainers.reasoner_config import SURROGATE, ReasonerTrainingConfig
 from softrl.trainers.reasoner_evaluation import ReasonedText, by_token, measured, num_parameters, summary
 from softrl.trainers.step_guard import StepGuardMixin
@@ -56,8 +56,8 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
 
     What it saves loads by transformers' Auto classes (import `softrl.models.reasoner` before). With respect to
     `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`, `training_step` (timing
-    only), `compute_loss`, `get_eval_dataloader`, `evaluation_loop`, `log`, `save_model` (model card), and those of the
-    mixins.
+    only), `compute_loss`, `get_eval_dataloader`, `evaluation_loop`, `log`, `save_model` and `create_model_card`, and
+    those of the mixins.
 
     Example:
 
@@ -333,6 +333,13 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
         super().save_model(output_dir, _internal_call)
         if self._aside is None:
             self.create_model_card((self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+
+    def create_model_card(self, model_name: str | None = None, *others: Any, **settings: Any) -> None:
+        super().create_model_card(model_name, *others, **settings)
+        if self.is_world_process_zero():
+            name = model_name or Path(self.args.output_dir).name
+            base = self.accelerator.unwrap_model(self.model).config._name_or_path
+            finish_text_card(Path(self.args.output_dir) / "README.md", name, base, "softrl.models.reasoner")
 
 
 def surrogate_inputs(output: ReasonerOutput) -> tuple[Tensor, Tensor]:

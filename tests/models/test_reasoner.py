@@ -184,6 +184,15 @@ def test_reparameterised_thoughts_are_finite_differences_and_sampled_ones_have_n
         assert torch.autograd.grad(loss(reparameterised=False), weight, allow_unused=True) == (None,)
 
 
+def test_log_probabilities_are_of_values_as_constants_also_of_reparameterised_ones():
+    model, ids = reasoner(n_thought=1, **KINDS["gaussian"]), texts()
+    drawn = model(ids, seed=SEED, reparameterised=True)
+    given = model(ids, values=drawn.thought_values.detach())
+    parameters = [model.latent_head.weight, model.latent_head.bias]
+    grads = [torch.autograd.grad(out.thought_log_probs.square().sum(), parameters) for out in (drawn, given)]
+    close(*grads)
+
+
 # Causality, batches, padding.
 
 
@@ -220,6 +229,7 @@ def test_rows_alone_and_together_give_the_same_numbers(core, kind, side):
         for name in ("logits", "thought_log_probs", "rewards", "thought_embeds"):
             close(together[name][index, place], alone[name][0])
         assert torch.equal(together.is_target[index, place], alone.is_target[0])
+    assert together.is_target.sum() == sum(lengths) - 3, "nothing is predicted from padding"
     other = model(ids, mask, seed=SEED, row_ids=[1, 2, 3])
     assert not torch.allclose(other.logits, together.logits, atol=1e-6), "thoughts of other rows"
 

@@ -216,8 +216,11 @@ def test_a_saved_model_loads_by_auto_classes_and_goes_on(tmp_path):
     by_name = trained(tmp_path / "again", model=str(tmp_path / "run"), max_steps=1)
     by_name.train()
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "softrl" in card
+    assert "This model was trained from scratch with softrl" in card
     assert "latent-reasoner" in card
+    assert "None" not in card
+    code = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(tmp_path / "run")))
+    exec(code.replace("To be", "w3 w4"), {})  # the quick start runs
 
 
 @pytest.mark.parametrize(
