@@ -26,7 +26,7 @@ _TABLES = {  # trainers of texts, and what an evaluation of theirs shows
     "soft_ar": (
         "nll", "nll_truncated", "nll_permuted", "nll_soft", "nll_beyond", "nll_truncated_beyond",
         "nll_permuted_beyond", "nll_soft_beyond", "accuracy_beyond", "accuracy_truncated_beyond",
-        "accuracy_permuted_beyond",
+        "accuracy_permuted_beyond", "gain_truncated", "gain_truncated_se", "gain_permuted", "gain_permuted_se",
     ),
     "reasoner": ("nll", "base_nll", "interpreter_nll", "gain", "accuracy", "mixing", "thought_entropy"),
 }  # fmt: skip

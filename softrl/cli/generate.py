@@ -52,6 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     soft = parser.add_argument_group("soft tokens")
     soft.add_argument("--hard", action="store_true", help="no soft tokens at all")
     soft.add_argument("--thinking", action="store_true", help="soft tokens inside <think> ... </think> only")
+    soft.add_argument(
+        "--collapse",
+        help="of a softAR model: write its own soft outputs, and make them tokens when its window moves on: all, "
+        "distance:LEAST or entropy:LEAST (nats)",
+    )
     _add_soft_arguments(soft)
     hard = parser.add_argument_group("hard tokens")
     hard.add_argument("--do_sample", action="store_true", default=None, help="draw them; else the likeliest")
@@ -89,6 +94,7 @@ def _generate(given: argparse.Namespace) -> int:
     if given.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {given.batch_size}")
     prompts = read_prompts(given)
+    writing = collapsing(given)
     model, tokenizer = load(given.model, given.dtype)
     from softrl.models.policy import Policy, check_policy
 
@@ -98,7 +104,7 @@ def _generate(given: argparse.Namespace) -> int:
     with _opened(given.output_file) as file:
         for first in range(0, len(prompts), given.batch_size):
             batch = prompts[first : first + given.batch_size]
-            record = _run(given, policy, tokenizer, decoding, batch, first, len(prompts))
+            record = _run(given, policy, tokenizer, decoding, writing, batch, first, len(prompts))
             if not _streams(given, len(prompts)):
                 _show(record, tokenizer, batch, given.num_samples, len(prompts) * given.num_samples)
             if file is not None:
@@ -108,8 +114,38 @@ def _generate(given: argparse.Namespace) -> int:
     return 0
 
 
+def collapsing(given: argparse.Namespace) -> Any:
+    """How a softAR model's own soft tokens collapse, None where it writes none.
+
+    Raises:
+        ValueError: another word than those, or what does not go with it.
+    """
+    if given.collapse is None:
+        return None
+    from softrl.contexts.collapse import selective
+    from softrl.generation.soft_ar import SoftWriting
+
+    if given.hard or given.output_file or given.stop:
+        name = "hard" if given.hard else "output_file" if given.output_file else "stop"
+        raise ValueError(f"--collapse writes soft tokens and no record of them; leave out --{name}")
+    by, _, least = given.collapse.partition(":")
+    try:
+        return SoftWriting() if given.collapse == "all" else SoftWriting(which=selective(by, float(least)))
+    except ValueError as error:
+        raise ValueError(
+            f"--collapse must be all, distance:LEAST or entropy:LEAST with a number, 0 or more, got {given.collapse!r}"
+        ) from error
+
+
 def _run(
-    given: argparse.Namespace, policy: Any, tokenizer: Any, decoding: Any, batch: list[Any], first: int, count: int
+    given: argparse.Namespace,
+    policy: Any,
+    tokenizer: Any,
+    decoding: Any,
+    writing: Any,
+    batch: list[Any],
+    first: int,
+    count: int,
 ) -> Any:
     from transformers import TextStreamer
 
@@ -123,6 +159,8 @@ def _run(
     where = f"prompts {first + 1} to {first + len(batch)} of {count}"
     if count > given.batch_size and not sys.stderr.isatty():
         print(f"{where} ...", file=sys.stderr, flush=True)
+    if writing is not None:
+        return _written(given, policy, tokenizer, decoding, writing, made)
     if _streams(given, count):
         streamer: Any = TextStreamer(tokenizer, skip_prompt=not isinstance(batch[0], str), skip_special_tokens=True)
     else:
@@ -133,6 +171,23 @@ def _run(
         eos_token_ids(policy.model, tokenizer), given.seed, made.indices,
         streamer, given.stop, tokenizer, pad_id=pad,
         find_nearest=given.output_file is not None,
+    )  # fmt: skip
+
+
+def _written(given: argparse.Namespace, policy: Any, tokenizer: Any, decoding: Any, writing: Any, made: Any) -> Any:
+    """Soft tokens that collapse, by softAR's own generator."""
+    from softrl.contexts.soft_ar import SoftARForCausalLM
+    from softrl.generation.soft_ar import soft_ar_generate
+    from softrl.trainers.loading import eos_token_ids
+
+    if not isinstance(policy.causal_lm, SoftARForCausalLM):
+        raise ValueError(
+            f"--collapse needs a window that moves on, and {given.model} has none; train one: softrl train --config "
+            "soft_ar/shakespeare"
+        )
+    return soft_ar_generate(
+        policy.causal_lm, made.prompts, given.max_new_tokens, decoding.answering.next_token, writing,
+        given.num_samples, eos_token_ids(policy.model, tokenizer), given.seed,
     )  # fmt: skip
 
 
@@ -155,7 +210,7 @@ class _Bar:
 
 def _streams(given: argparse.Namespace, num_prompts: int) -> bool:
     """Texts of one batch would mix on the terminal."""
-    return not given.no_stream and num_prompts * given.num_samples == 1
+    return not given.no_stream and given.collapse is None and num_prompts * given.num_samples == 1
 
 
 def decoding_of(given: argparse.Namespace, vocab_size: int, tokenizer: Any) -> Any:

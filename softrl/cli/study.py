@@ -33,6 +33,13 @@ def main(argv: list[str]) -> int:
     overlap.add_argument(
         "--output", type=Path, default=Path("runs/overlap-bias.csv"), help="CSV and PNG (runs/overlap-bias.csv)"
     )
+    words = studies.add_parser("analogies", help="king - man + woman in a model's embeddings, with controls")
+    words.add_argument("--model", default="smollm2-135m", help="model name or folder (smollm2-135m)")
+    words.add_argument("--metric", choices=["cosine", "euclidean"], default="cosine", help="of nearest (cosine)")
+    words.add_argument("--seed", type=int, default=0, help="of the random directions (0)")
+    words.add_argument(
+        "--output", type=Path, default=Path("runs/analogies.csv"), help="CSV and PNG (runs/analogies.csv)"
+    )
     _add_beams(studies.add_parser("beams", help="searches with hard and soft tokens at equal forward passes"))
     _add_soft_decoding(studies.add_parser("soft-decoding", help="soft against hard decoding, before and after tuning"))
     given = parser.parse_args(argv)
@@ -42,6 +49,7 @@ def main(argv: list[str]) -> int:
     studies_by_name = {
         "entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias, "beams": _beams,
         "soft-decoding": _soft_decoding, "learned-settings": _learned_settings,
+        "analogies": _analogies,
     }  # fmt: skip
     try:
         return studies_by_name[given.study](given)
@@ -77,6 +85,24 @@ def _add_beams(beams: argparse.ArgumentParser) -> None:
     beams.add_argument(
         "--output_dir", type=Path, default=Path("runs/beams"), help="answers, CSV and PNG; reruns go on (runs/beams)"
     )
+
+
+def _analogies(given: argparse.Namespace) -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from softrl.assets import resolve_model
+    from softrl.models.policy import Policy
+    from softrl.studies.analogies import run
+
+    folder, figure = resolve_model(given.model), given.output.with_suffix(".png")
+    try:
+        policy = Policy(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"--model: {str(error).splitlines()[0]}") from error
+    run(policy, tokenizer, given.output, figure, given.metric, given.seed)
+    print(f"Written to {given.output} and {figure}.")
+    return 0
 
 
 def _beams(given: argparse.Namespace) -> int:

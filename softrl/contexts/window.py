@@ -338,7 +338,6 @@ def _factors(
 def compacted(
     embeds: Float[Tensor, "N n D"], mask: Bool[Tensor, "N n"]
 ) -> tuple[Float[Tensor, "N n D"], Int[Tensor, "N n"], Int[Tensor, "N"]]:
-    """Rows with their tokens first and zeros after them, the column that each comes from, and the rows' lengths."""
+    """Rows with their tokens before what stands at padding, the column that each comes from, and the rows' lengths."""
     order = (~mask).long().argsort(dim=-1, stable=True)
-    kept = embeds.masked_fill(~mask[..., None], 0.0)
-    return kept.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])), order, mask.sum(-1)
+    return embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])), order, mask.sum(-1)

@@ -94,7 +94,7 @@ def corpus_prompts(text: str, tokenizer: PreTrainedTokenizerBase, prompt_length_
     blocks = corpus_blocks(text, tokenizer, prompt_length_tokens)
     number = min(count, len(blocks))
     chosen = blocks.select([index * len(blocks) // number for index in range(number)])
-    return Dataset.from_dict({"prompt": tokenizer.batch_decode(chosen["input_ids"])})
+    return Dataset.from_dict({"prompt": tokenizer.batch_decode(list(chosen["input_ids"]))})
 
 
 def corpus_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

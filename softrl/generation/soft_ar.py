@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.soft_ar import SoftARForCausalLM
 from softrl.contexts.window_state import WindowState
-from softrl.generation.nearest import nearest_tokens
 from softrl.generation.next_token import NextToken
 from softrl.masking import is_any_of
+from softrl.models.nearest import nearest_tokens
 from softrl.models.policy import Policy, evaluating
 from softrl.rollouts.soft import check_rollout
 from softrl.tokens.noise import SequenceRandom
@@ -51,12 +52,18 @@ class SoftWriting:
 
     Args:
         mapped: vectors in the embeddings' space, the nearest tokens of which are what soft tokens become; None: the
-            soft tokens themselves. A learned head maps the context that they were made from.
-        which: which of those that leave the soft region collapse; the others stay what they are.
+            soft tokens themselves. `learned` makes it of a `LearnedCollapse`, which maps the context they came from.
+        which: which of those that leave the soft region collapse, see `contexts.collapse.selective`; the others stay
+            what they are.
     """
 
     mapped: Callable[[SoftToken], Float[Tensor, "M D"]] | None = None
     which: Callable[[SoftToken], Bool[Tensor, "M"]] = everything
+
+
+def learned(head: LearnedCollapse) -> Callable[[SoftToken], Float[Tensor, "M D"]]:
+    """`mapped` of a fitted head."""
+    return lambda tokens: head(tokens.hidden)
 
 
 @dataclass(frozen=True)

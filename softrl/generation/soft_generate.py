@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from softrl.generation.delimiters import Stop, Turns
-from softrl.generation.nearest import mean_norm, nearest_tokens
 from softrl.generation.soft_record import SoftText
 from softrl.generation.soft_settings import Phase, SoftDecoding
 from softrl.masking import is_any_of
+from softrl.models.nearest import mean_norm, nearest_tokens
 from softrl.models.policy import Policy, evaluating
 from softrl.rollouts.soft import check_rollout
 from softrl.tokens.noise import SequenceRandom

@@ -64,7 +64,7 @@ def read_texts(model: SoftARForCausalLM, texts: Texts, indices: list[int]) -> li
 
 
 def summary(texts: list[ReadText], model: SoftARForCausalLM) -> dict[str, float]:
-    """Means over tokens, in nats: all, those `_beyond` the first window, and by window.
+    """Means over tokens, in nats: all, those `_beyond` the first window, and by window; what memory gains there.
 
     Without slots there is one way to read a text; its numbers then stand under all names, so that tables compare.
     """
@@ -86,11 +86,29 @@ def summary(texts: list[ReadText], model: SoftARForCausalLM) -> dict[str, float]
         for way in (OWN, TRUNCATED):
             nll = _joined([text.nll.get(way, text.nll[OWN]) for text in texts])
             values[f"window_{number}/nll{way}"] = nll[window == number].mean().item()
+    values |= _gains(texts)
     if model.config.output == "embedding":
         values["squared_error"] = _joined([text.squared_error for text in texts]).mean().item()
         values["embedding_spread"] = embedding_spread(model.head.embeddings.double()).item()
         values["distance_temperature"] = model.head.log_temperature.exp().item()
     return values
+
+
+def _gains(texts: list[ReadText]) -> dict[str, float]:
+    """What a text's own memory saves beyond the first window, nats a token: mean over texts and its standard error."""
+    found = {}
+    for way in (TRUNCATED, PERMUTED):
+        gains = []
+        for text in texts:
+            beyond = torch.tensor(text.window) > 0
+            if way in text.nll and beyond.any():
+                other, own = (torch.tensor(text.nll[each], dtype=torch.float64) for each in (way, OWN))
+                gains.append((other - own)[beyond].mean())
+        if len(gains) > 1:
+            values = torch.stack(gains)
+            found[f"gain{way}"] = values.mean().item()
+            found[f"gain{way}_se"] = (values.std() / len(values) ** 0.5).item()
+    return found
 
 
 def _means(name: str, numbers: Tensor, window: Tensor) -> dict[str, float]:

@@ -4,11 +4,17 @@ import json
 import re
 
 import pytest
+import torch
+from helpers import llama
+from trainers.tiny import word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softrl.cli import evaluate, generate
 from softrl.cli.train import main
+from softrl.contexts.collapse import selective
 from softrl.contexts.soft_ar import SoftARForCausalLM
+from softrl.generation.soft_ar import SoftWriting, soft_ar_generate
+from softrl.types import Prompts
 
 pytestmark = pytest.mark.slow  # imports trl
 
@@ -39,7 +45,9 @@ def tiny(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", [[], ["--output", "embedding", "--core", "gru", "--tokenizer", "300", "--block_length_tokens", "20"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--output", "embedding", "--core", "gru", "--tokenizer", "300", "--block_length_tokens", "20"]]
+)
 def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
     assert main([*tiny, *extra]) == 0
     out = capsys.readouterr().out
@@ -60,6 +68,16 @@ def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
         with open("texts.jsonl") as file:
             assert len(json.loads(file.read())["kept"]) == 30
     capsys.readouterr()
+    ids = tokenizer(LINES[1], return_tensors="pt").input_ids
+    prompt = Prompts(ids, torch.ones_like(ids).bool())
+    for collapse, writing in (
+        ("all", SoftWriting()),
+        ("distance:0.01", SoftWriting(which=selective("distance", 0.01))),
+    ):
+        assert generate.main([*command, "--collapse", collapse]) == 0
+        text = soft_ar_generate(model.eval(), prompt, 30, soft=writing, eos_ids=(tokenizer.eos_token_id,))
+        expected = tokenizer.decode(text.tokens[0][text.mask[0]], skip_special_tokens=True)
+        assert capsys.readouterr().out == f"{LINES[1]}{expected}\n"
     rewarded = arguments(
         trainer="soft_rollout", model_name_or_path="run", dataset_name="prompts.txt", judge="none",
         reward_funcs="cli.test_soft_ar_command.vowels", num_train_prompts=8, num_eval_prompts=2, max_steps=2,
@@ -70,6 +88,23 @@ def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
     assert main(rewarded) == 0
     assert "Model saved to rewarded." in capsys.readouterr().out
     assert type(AutoModelForCausalLM.from_pretrained("rewarded")) is SoftARForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--collapse", "some"], "must be all, distance:LEAST or entropy:LEAST with a number, 0 or more, got 'some'"),
+        (["--collapse", "distance:near"], "got 'distance:near'"),
+        (["--collapse", "all", "--hard"], "writes soft tokens and no record of them; leave out --hard"),
+        (["--collapse", "all"], "needs a window that moves on, and plain has none"),
+    ],
+)
+def test_collapse_is_of_softar_models(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    llama().float().save_pretrained("plain")
+    word_tokenizer().save_pretrained("plain")
+    assert generate.main(["--model", "plain", "--prompt", "w3 w4", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def vowels(tokens):

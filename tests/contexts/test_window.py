@@ -7,6 +7,8 @@ from typing import get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from softrl.contexts.window import LearnedNormalisation, Normalisation, WindowLayout, memory_slots, windows
 
@@ -203,6 +205,32 @@ def test_a_token_changes_nothing_that_earlier_ones_are_predicted_from(name, norm
         assert torch.equal(depends[c, layout.num_slots :], held[:, None] == torch.arange(20))
         if layout.aggregate:  # and on all of the past, however old
             assert depends[c, : layout.num_slots, :start].any(0).all()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that operations make."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for value in tree_leaves(made):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage().nbytes() // value.element_size()
+                self.elements = max(self.elements, storage)
+        return made
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_nothing_is_larger_than_history_and_windows(normalisation):
+    """With 250 windows of 12 places over 2,000 tokens: not C·n·D, which is 160 times as much."""
+    layout = WindowLayout(2, 16, 2, 8, normalisation=normalisation)
+    embeds = histories([2_000], width=4)[0][None].requires_grad_()
+    with Largest() as largest:
+        found = windows(embeds, torch.ones(1, 2_000, dtype=torch.bool), layout, learned_of(layout))
+        found.inputs.sum().backward()
+    assert found.inputs.shape == (1, 250, 13, 4)
+    assert largest.elements == found.inputs.numel()
 
 
 def test_the_layout_of_the_notes():

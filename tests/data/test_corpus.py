@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softrl.data import corpus
 from softrl.data.characters import character_tokenizer
-from softrl.data.corpus import corpus_blocks, corpus_ids, corpus_tokenizer, tokenizer_size
+from softrl.data.corpus import corpus_blocks, corpus_ids, corpus_prompts, corpus_tokenizer, tokenizer_size
 from softrl.data.vocabulary import byte_pair_tokenizer
 
 TEXT = 'HAMLET.\n  To be, or not to be:\n\n\tthat is the question -- \'tis é, \u2014 &c.; "aye"  \n' * 20
@@ -114,3 +114,11 @@ def test_other_hostile_input():
         corpus_tokenizer(300, "")
     with pytest.raises(ValueError, match="size of a byte-pair vocabulary must be a whole number, 259 or more"):
         byte_pair_tokenizer(TEXT, 100)
+
+
+def test_passages_to_go_on_from_are_spread_over_the_corpus():
+    tokenizer = character_tokenizer(TEXT)
+    rows = corpus_prompts(TEXT, tokenizer, 50, 4)
+    starts = [50 * (index * (len(TEXT) // 50) // 4) for index in range(4)]
+    assert list(rows["prompt"]) == [TEXT[start : start + 50] for start in starts]
+    assert len(corpus_prompts(TEXT, tokenizer, 50, 10_000)) == len(TEXT) // 50

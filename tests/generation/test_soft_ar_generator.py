@@ -4,9 +4,10 @@ import pytest
 import torch
 from contexts.test_soft_ar import LAYOUTS, MODELS, soft_ar, texts
 
+from softrl.contexts.collapse import LearnedCollapse, selective
 from softrl.contexts.window import WindowLayout
 from softrl.generation.next_token import NextToken
-from softrl.generation.soft_ar import SoftWriting, soft_ar_generate
+from softrl.generation.soft_ar import SoftWriting, everything, learned, soft_ar_generate
 from softrl.generation.soft_generate import soft_generate
 from softrl.generation.soft_settings import Phase, SoftDecoding
 from softrl.models.policy import Policy
@@ -84,7 +85,7 @@ def test_some_soft_tokens_stay_what_they_are():
     model, prompts = soft_ar("llama"), batch()
     every = soft_ar_generate(model, prompts, T, soft=SoftWriting())
     limit = every.distance[every.is_soft].median()
-    text = soft_ar_generate(model, prompts, T, soft=SoftWriting(which=lambda tokens: tokens.distance > limit))
+    text = soft_ar_generate(model, prompts, T, soft=SoftWriting(which=selective("distance", limit.item())))
     assert 0 < text.collapsed.sum() < every.collapsed.sum()
     assert (text.distance[text.collapsed] > limit).all()
     outputs = model.soft_outputs(reread(model, prompts, text))
@@ -95,11 +96,16 @@ def test_a_map_decides_what_they_become():
     model, prompts = soft_ar(), batch()
     table, seen = model.get_input_embeddings().weight, []
 
-    def mapped(tokens):
-        seen.append(tokens)
-        return table[7].expand_as(tokens.embeds) + 0.01 * tokens.hidden.tanh()
+    head = LearnedCollapse(16).double()
+    with torch.no_grad():
+        head.layers.weight.mul_(1e-3)
+        head.layers.bias.copy_(table[7])
 
-    text = soft_ar_generate(model, prompts, T, soft=SoftWriting(mapped))
+    def which(tokens):
+        seen.append(tokens)
+        return everything(tokens)
+
+    text = soft_ar_generate(model, prompts, T, soft=SoftWriting(learned(head), which))
     assert (text.tokens[text.is_soft] == 7).all()
     torch.testing.assert_close(text.context[text.collapsed], table[7].expand(int(text.collapsed.sum()), -1))
     assert all((each.entropy > 0.0).all() for each in seen)

@@ -105,6 +105,10 @@ def test_an_evaluation_by_hand(tmp_path):
         assert found[f"eval_{name}"] == pytest.approx(values.mean().item())
         assert found[f"eval_{name}_beyond"] == pytest.approx(values[beyond].mean().item())
     assert len({round(found[f"eval_nll{way}_beyond"], 6) for way in ("", "_truncated", "_permuted", "_soft")}) == 4
+    for name, other in (("gain_truncated", truncated), ("gain_permuted", permuted)):
+        gains = torch.stack([(other - own)[beyond & (torch.arange(26) // 13 == row)].mean() for row in range(2)])
+        assert found[f"eval_{name}"] == pytest.approx(gains.mean().item())
+        assert found[f"eval_{name}_se"] == pytest.approx(abs(gains[0] - gains[1]).item() / 2.0)
     second = (position >= 5) & (position < 7)
     assert found["eval_window_1/nll"] == pytest.approx(own[second].mean().item())
     assert found["eval_window_1/nll_truncated"] == pytest.approx(truncated[second].mean().item())
