@@ -46,11 +46,12 @@ class DataArguments:
             embedded; `"shakespeare"` (the works as one text, the default of trainers from scratch, which also know
             `"pointer-chasing"` and `"key-recall"`; for others passages of `prompt_length_tokens` to go on from); a hub
             name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a
-            `prompt` column of texts or of conversations, which go through the tokenizer's chat template (a
-            text file has one prompt a line). Rewards and metrics that compare need a column `reference`: a text,
-            or a list of texts, as it would follow the prompt, its leading space included. `"listwise"` needs `completions` and `rewards` or
-            `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`; `"soft_sft"` what TRL's
-            SFTTrainer reads (`text`, `messages`, `prompt` with `completion`), or a `reference` as the completion.
+            `prompt` column of texts or of conversations, which go through the tokenizer's chat template (a text file
+            has one prompt a line). Rewards and metrics that compare need a column `reference`: a text, or a list of
+            texts, as it would follow the prompt, its leading space included. `"listwise"` needs `completions` and
+            `rewards` or `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`; `"soft_sft"` what
+            TRL's SFTTrainer reads (`text`, `messages`, `prompt` with `completion`), or a `reference` as the
+            completion.
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of a hub data set or folder.
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):
