@@ -17,7 +17,7 @@ COMMANDS = {
     "reward": "fit a reward model on labelled texts or preference pairs: softrl reward fit --config minilm/reviews",
     "bench": "measure seconds, memory and errors: softrl bench rollout | thoughts | blocks | memory | hops",
     "variance": "bias, variance and price of gradient estimators: softrl variance --config studies/quick",
-    "sweep": "one recipe at many values of its keys: softrl sweep --config RECIPE --grid key=1,2 --output_dir DIR",
+    "sweep": "grids and seeds of a recipe, one table and one figure: softrl sweep --config sweeps/reasoner-sharing",
     "study": "measure what a setting does, as a figure: softrl study entropy-bound",
     "compare": "learning curves and reward against KL for several methods: softrl compare --config compare-quick",
     "thoughts": "write with a model that thinks, compare ways to learn it: softrl thoughts generate | compare",

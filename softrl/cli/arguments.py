@@ -17,7 +17,8 @@ TEXTS_DATASET = "review-texts"
 EMBEDDED_DATASETS = (BUILTIN_DATASET, KEYWORDS_DATASET, RANKINGS_DATASET, TEXTS_DATASET)
 # Of trainers of small models, whose model and tokenizer are made where model_name_or_path is "scratch".
 SCRATCH, SHAKESPEARE_CORPUS, POINTER_CORPUS = "scratch", "shakespeare", "pointer-chasing"
-CORPORA = (SHAKESPEARE_CORPUS, POINTER_CORPUS)
+RECALL_CORPUS = "key-recall"
+CORPORA = (SHAKESPEARE_CORPUS, POINTER_CORPUS, RECALL_CORPUS)
 FROM_SCRATCH = ("reasoner", "soft_ar")
 _ALL_BLOCKS = 100_000  # more than the corpus has
 _SECTIONS = ("reward_model", "sft")  # of a recipe: keys of other commands than `train`
@@ -43,13 +44,14 @@ class DataArguments:
             `"review-rankings"` (four sentences that begin alike, scored by the token-linear classifier; the default of
             `"listwise"`) or `"review-texts"` (whole reviews; the default of `"quietstar"` and `"soft_sft"`), all
             embedded; `"shakespeare"` (the works as one text, the default of trainers from scratch, which also know
-            `"pointer-chasing"`; for others passages of `prompt_length_tokens` to go on from); a hub name, a folder
-            saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a `prompt` column of
-            texts or of conversations, which go through the tokenizer's chat template (a text file has one prompt a
-            line). Rewards and metrics that compare need a column `reference`: a text, or a list of texts, as
-            it would follow the prompt, its leading space included. `"listwise"` needs `completions` and `rewards` or
-            `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`; `"soft_sft"` what TRL's
-            SFTTrainer reads (`text`, `messages`, `prompt` with `completion`), or a `reference` as the completion.
+            `"pointer-chasing"` and `"key-recall"`; for others passages of `prompt_length_tokens` to go on from); a hub
+            name, a folder saved by `Dataset.save_to_disk`, or a .json, .jsonl, .csv, .parquet or .txt file with a
+            `prompt` column of texts or of conversations, which go through the tokenizer's chat template (a text file
+            has one prompt a line). Rewards and metrics that compare need a column `reference`: a text, or a list of
+            texts, as it would follow the prompt, its leading space included. `"listwise"` needs `completions` and
+            `rewards` or `ranking`, lists of equal length; `"quietstar"` reads `text` or `input_ids`; `"soft_sft"` what
+            TRL's SFTTrainer reads (`text`, `messages`, `prompt` with `completion`), or a `reference` as the
+            completion.
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of a hub data set or folder.
         num_train_prompts, num_eval_prompts (`int`, *optional*, default to `1024` and `64`):

@@ -8,8 +8,9 @@ Every process of a launch makes the same; what takes long is kept in the cache u
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softrl.cli.arguments import CORPORA, POINTER_CORPUS, SCRATCH, SHAKESPEARE_CORPUS, TrainArguments
+from softrl.cli.arguments import CORPORA, POINTER_CORPUS, RECALL_CORPUS, SCRATCH, SHAKESPEARE_CORPUS, TrainArguments
 
+_MOST_ROWS = 20_000  # of what is made, not read
 _HELD_OUT = 10  # the last of so many parts of a corpus that has no split of its own
 
 
@@ -37,6 +38,8 @@ def beginning(arguments: TrainArguments, training_args: Any, name: str, tokenize
         raise ValueError(f"prompt_prefix={arguments.prompt_prefix!r} is put before prompts, and a corpus has none")
     if arguments.dataset_name == POINTER_CORPUS:
         tokenizer, train, test = _pointers(arguments, tokenizer)
+    elif arguments.dataset_name == RECALL_CORPUS:
+        tokenizer, train, test = _recall(arguments, training_args, tokenizer)
     else:
         tokenizer, train, test = _blocks(arguments, training_args, tokenizer)
     if name != SCRATCH:
@@ -118,6 +121,25 @@ def _pointers(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any, Any]
     if tokenizer is not None:
         pointer_chasing(tokenizer, 1, hops=(3,))  # refuses a tokenizer of other ids
     return task.tokenizer, task.train.remove_columns(ANCHOR_COLUMN), task.test.remove_columns(ANCHOR_COLUMN)
+
+
+def _recall(arguments: TrainArguments, training_args: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+    """A key with `block_length_tokens` of Shakespeare between it and the question; the answer counts alone.
+
+    In training rows it is up to so many: where the key is near, what is asked for is learned first.
+    """
+    from softrl.data.characters import shakespeare
+    from softrl.data.corpus import corpus_tokenizer
+    from softrl.data.key_recall import key_recall, with_keys
+    from softrl.data.texts import MASK_COLUMN
+
+    if tokenizer is None:
+        tokenizer = with_keys(corpus_tokenizer(training_args.tokenizer, shakespeare("train")))
+    longest = training_args.block_length_tokens
+    train = key_recall(tokenizer, min(arguments.num_train_prompts, _MOST_ROWS), (1, longest), split="train")
+    test = key_recall(tokenizer, arguments.num_eval_prompts, longest, split="test")
+    columns = ["input_ids", MASK_COLUMN]
+    return tokenizer, train.select_columns(columns), test.select_columns(columns)
 
 
 def _soft_ar(training_args: Any, tokenizer: Any) -> Any:

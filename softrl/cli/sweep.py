@@ -1,20 +1,23 @@
-"""`softrl sweep`: one recipe at many values of its keys; a rerun does what is missing and what failed."""
+"""`softrl sweep`: one question by one command. A recipe at many values of its keys, as one table and one figure."""
 
 import argparse
-import json
-import re
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softrl.studies.sweep import Search, Trial
+    from softrl.studies.sweep_launch import Launcher
+    from softrl.studies.sweep_question import Question
 
 PROG = "softrl sweep"
-_RUN = "import sys; from softrl.cli.sweep import train_trial; sys.exit(train_trial(sys.argv[1:]))"
+LAUNCHERS = ("processes", "slurm", "submitit_local")
+_EPILOG = (
+    "Finished trials are kept in OUTPUT_DIR and not run again; Ctrl-C lets those that run save a checkpoint, from "
+    "which the same command goes on. It also tries again what failed."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -22,11 +25,15 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
 
     from softrl.assets import AssetError
+    from softrl.studies.sweep_launch import interrupted_by_sigterm
 
+    command = shlex.join(["softrl", "sweep", *argv])
     try:
-        return _run(given)
+        with interrupted_by_sigterm():
+            return _run(given, command)
     except KeyboardInterrupt:
-        print(f"\nStopped. To go on: {shlex.join(['softrl', 'sweep', *argv])}", file=sys.stderr)
+        print(f"\nStopped. Finished trials are kept. To go on: {command}\n"
+              "Add --only_report for the table and the figure of what there is.", file=sys.stderr)  # fmt: skip
         return 130
     except (AssetError, ValueError, TypeError, OSError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
@@ -34,141 +41,171 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="a recipe of `softrl train` or of `softrl variance`")
-    parser.add_argument("--grid", action="append", required=True, metavar="KEY=V,V", help="a key and its values")
-    parser.add_argument("--output_dir", required=True, type=Path, help="where trials, table and figure go")
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, epilog=_EPILOG, allow_abbrev=False)
+    parser.add_argument(
+        "--config", required=True, help="a sweep recipe, or a recipe of `softrl train` or `softrl variance`"
+    )
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=V,V", help="a key and its values, instead of the recipe's"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=V", help="a key of all trials, instead of the recipe's"
+    )
+    parser.add_argument("--arms", nargs="+", metavar="LABEL", help="run these of the recipe only")
+    parser.add_argument("--output_dir", type=Path, help="where all goes (runs/sweeps/NAME for a sweep recipe)")
+    parser.add_argument("--only_report", action="store_true", help="run nothing; report what has been run")
     parser.add_argument("--sampler", default="grid", help="grid (every combination), random or tpe")
     parser.add_argument("--trials", type=int, help="how many in all (the whole grid)")
     parser.add_argument("--seed", type=int, default=0, help="of random and tpe (0)")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--minimize", metavar="METRIC", help="mse, variance, LABEL:mse, ...; eval_loss, ... of training")
     goal.add_argument("--maximize", metavar="METRIC", help="eval_reward, snr, ...")
+    parser.add_argument("--workers", type=int, help="trials at a time (1), each in a process of its own")
+    parser.add_argument("--threads", type=int, help="of each (1 with several workers; all the cores without)")
+    parser.add_argument(
+        "--launcher", default=LAUNCHERS[0], choices=LAUNCHERS, help="slurm: a job array by submitit (softrl[slurm])"
+    )
+    parser.add_argument(
+        "--slurm", default="", metavar="KEY=V,KEY=V", help="sbatch's options as submitit names them: partition=cpu,"
+        "time=60 (minutes), cpus_per_task=1, mem=4GB, gpus_per_node=1"
+    )  # fmt: skip
+    parser.add_argument("--slurm_folder", type=Path, help="submitit's logs, on a disk all see (OUTPUT_DIR/submitit)")
     return parser
 
 
-def _run(given: argparse.Namespace) -> int:
+def _run(given: argparse.Namespace, command: str) -> int:
+    from softrl.cli import sweep_trial
     from softrl.cli.arguments import find_recipe
-    from softrl.studies.sweep import Axis, Search, best, sweep
+    from softrl.studies.sweep import best, finished, sweep
+    from softrl.studies.sweep_launch import Processes
     from softrl.studies.sweep_recipes import is_variance_recipe
+    from softrl.studies.sweep_report import FILES, write_report
 
-    recipe = find_recipe(given.config)
-    of_variance = is_variance_recipe(recipe)
-    metric = given.minimize or given.maximize or ("mse" if of_variance else "eval_reward")
-    maximize = bool(given.maximize) or (not given.minimize and not of_variance)
-    axes = tuple(map(Axis.parsed, given.grid))
-    search = Search(axes, metric, maximize, given.sampler, given.trials, given.seed)
-    make = _variance_objective if of_variance else _train_objective
-    trials = sweep(search, make(recipe, search, given.output_dir), given.output_dir)
-    _print_table(search, trials)
-    print(f"Written to {given.output_dir / 'results.csv'} and {given.output_dir / 'sweep.png'}.")
-    if best(search, trials) is None or any(trial.metric is None for trial in trials):
+    question = _question(given, find_recipe(given.config))
+    recipe = find_recipe(question.recipe)
+    folder = given.output_dir or Path("runs/sweeps") / Path(given.config).stem
+    search = question.search(given.sampler, given.trials, given.seed, given.arms)
+    if given.only_report:
+        trials = finished(search, folder)
+    else:
+        if is_variance_recipe(recipe):
+            launch: Any = _variance_launcher(given, recipe, search, folder)
+        else:
+            launch = _train_launcher(given, recipe, search, folder)
+            sweep_trial.prepare(recipe, question.prepare, folder.resolve(), Processes(1, given.threads))
+        trials = sweep(search, launch, folder)
+    write_report(question, search, trials, folder, command)
+    _print_table(question, search, trials)
+    failed = sum(trial.metric is None for trial in trials)
+    none = best(search, trials) is None
+    print(f"Written to {folder}: {'results.csv' if none else ', '.join(FILES)}.")
+    if none or failed:
         print(f"{PROG}: some trials failed, see above; the same command tries them again", file=sys.stderr)
         return 1
     return 0
 
 
-def _variance_objective(recipe: Path, search: "Search", folder: Path) -> Callable[[dict[str, Any]], float]:
+def _question(given: argparse.Namespace, path: Path) -> "Question":
+    from dataclasses import replace
+
+    from softrl.studies.sweep import Axis
+    from softrl.studies.sweep_question import asked_on_the_command_line, is_sweep_recipe, load_question
+    from softrl.studies.sweep_recipes import is_variance_recipe
+
+    axes = [Axis.parsed(text) for text in given.grid]
+    fixed = [Axis.parsed(text, "--set") for text in given.set]
+    if several := [axis.key for axis in fixed if len(axis.values) > 1]:
+        raise ValueError(f"--set takes one value a key, {several} have several; --grid varies a key")
+    metric, maximize = given.minimize or given.maximize, bool(given.maximize)
+    if is_sweep_recipe(path):
+        question = load_question(path).with_grid(axes, fixed)
+        return (
+            replace(question, metric=metric, direction="maximize" if maximize else "minimize") if metric else question
+        )
+    if not axes or given.output_dir is None:
+        raise ValueError(f"{given.config} is a recipe of one run; --grid KEY=V,V and --output_dir are needed")
+    of_variance = is_variance_recipe(path)
+    metric, maximize = metric or ("mse" if of_variance else "eval_reward"), maximize if metric else not of_variance
+    return asked_on_the_command_line(given.config, axes, metric, maximize).with_grid([], fixed)
+
+
+def _variance_launcher(given: argparse.Namespace, recipe: Path, search: "Search", folder: Path) -> Callable[..., Any]:
     import torch
 
     from softrl.cli.variance import _make_trainer
     from softrl.studies.sweep_recipes import variance_objective, with_values
     from softrl.studies.variance_config import load_config
 
+    if given.workers not in (None, 1) or given.launcher != LAUNCHERS[0]:
+        raise ValueError("trials of a variance recipe share their draws and run here; leave out --workers, --launcher")
     config = load_config(recipe)
     for values in search.grid():  # a key that nothing has is refused before the first trial
-        with_values(config, values)
+        with_values(config, search.given(values))
     if all(spec.kind != "trained_lm" for spec in config.problems):
         torch.set_num_threads(1)
-    return variance_objective(recipe, search.metric, folder, _make_trainer)
+    objective = variance_objective(recipe, search.metric, folder, _make_trainer)
+    return lambda values: objective(search.given(values))
 
 
-def _train_objective(recipe: Path, search: "Search", folder: Path) -> Callable[[dict[str, Any]], float]:
+def _train_launcher(given: argparse.Namespace, recipe: Path, search: "Search", folder: Path) -> "Launcher":
     """A trial is a run of its own, in a process and a folder of its own."""
-    from softrl.studies.sweep import TrialError
+    from softrl.cli import sweep_trial
+    from softrl.studies.sweep_launch import Jobs, Processes, Threads, parsed_options
 
-    check_keys(recipe, search.grid()[0])
-
-    def objective(values: dict[str, Any]) -> float:
-        where = folder / "trials" / folder_name(values)
-        log = where / "log.txt"
-        where.mkdir(parents=True, exist_ok=True)
-        if not (where / "metrics.json").is_file():
-            with log.open("w", encoding="utf-8") as file:
-                words = [*words_of(recipe, values), "--output_dir", str(where), *resuming(where)]
-                command = [sys.executable, "-c", _RUN, *words]
-                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-            if done.returncode != 0:
-                raise _failed(TrialError, values, f"the run ended with status {done.returncode}; see {log}")
-        metrics = json.loads((where / "metrics.json").read_text(encoding="utf-8"))
-        if search.metric not in metrics:
-            raise ValueError(f"a run has no metric {search.metric!r}; it has {sorted(metrics)}")
-        return float(metrics[search.metric])
-
-    return objective
-
-
-def _failed(kind: type[Exception], values: dict[str, Any], why: str) -> Exception:
-    message = f"{values}: {why}"
-    print(f"{PROG}: {message}", file=sys.stderr)
-    return kind(message)
-
-
-def check_keys(recipe: Path, values: dict[str, Any]) -> None:
-    """Refuse a key that no trainer has, before the first run."""
-    from softrl.cli.arguments import parse
-
-    parse([*words_of(recipe, values), "--output_dir", "unused"], PROG)
+    every = _every_trial(search)
+    first_of_arm = {values.get("arm"): values for values in reversed(every)}
+    for values in first_of_arm.values():
+        sweep_trial.check_keys(recipe, search.given(values))
+    folder = folder.resolve()
+    named = {
+        sweep_trial.folder_name(values): sweep_trial.with_prepared(search.given(values), folder) for values in every
+    }
+    if len(named) < len(every):
+        raise ValueError("two trials would have the same folder; their values differ in special characters only")
+    run = sweep_trial.TrainTrials(recipe.resolve(), folder, named, sweep_trial._RUN)
+    if given.launcher == LAUNCHERS[0]:
+        workers = 1 if given.workers is None else given.workers
+        threads = given.threads or (1 if workers > 1 else None)
+        processes = Processes(workers, threads)
+        return Threads(lambda values: run(values, processes), workers, processes.stop)
+    options = parsed_options(given.slurm)
+    slurm = given.launcher == "slurm"
+    options = {"time": 60, "cpus_per_task": 1, "name": "softrl-sweep", **options} if slurm else _WEEK | options
+    threads = given.threads or int(options.get("cpus_per_task", 1))
+    logs = given.slurm_folder or folder / "submitit"
+    jobs = Jobs(run, "slurm" if slurm else "local", logs, given.workers, options, threads)
+    if search.sampler == "tpe":  # it chooses by what has been finished, so not all at once
+        jobs.capacity = given.workers or 1
+    return jobs
 
 
-def words_of(recipe: Path, values: dict[str, Any]) -> list[str]:
-    """The command line of `softrl train` for a trial; null leaves a key as the recipe has it."""
-    given = [(key, str(value)) for key, value in values.items() if value is not None]
-    return ["--config", str(recipe), *(word for key, value in given for word in (f"--{key}", value))]
+_WEEK = {"timeout_min": 7 * 24 * 60}  # submitit's own default is two minutes
 
 
-def resuming(folder: Path) -> list[str]:
-    """An interrupted run goes on from its last checkpoint."""
-    return ["--resume_from_checkpoint", "latest"] if any(folder.glob("checkpoint-*")) else []
+def _every_trial(search: "Search") -> "list[dict[str, Any]]":
+    """Of a random search, whatever it may draw."""
+    from dataclasses import replace
+
+    return replace(search, sampler="grid", trials=None).grid()
 
 
-def folder_name(values: dict[str, Any]) -> str:
-    """A folder for a trial, readable."""
-    return re.sub(r"[^A-Za-z0-9._=,-]+", "_", ",".join(f"{key}={value}" for key, value in values.items()))
-
-
-def train_trial(argv: list[str]) -> int:
-    """Train, evaluate, and write metrics.json: the last of everything that was logged, and the final evaluation."""
-    from softrl.cli.train import build_trainer, checkpoint_to_resume, parse
-
-    arguments, training_args, model_args = parse(argv, PROG)
-    trainer = build_trainer(arguments, training_args, model_args)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
-    metrics: dict[str, Any] = {}
-    for row in trainer.state.log_history:
-        metrics |= row
-    if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    path = Path(training_args.output_dir) / "metrics.json"
-    path.write_text(json.dumps(numbers, indent=1, sort_keys=True), encoding="utf-8")
-    return 0
-
-
-def _print_table(search: "Search", trials: "list[Trial]") -> None:
+def _print_table(question: "Question", search: "Search", trials: "Sequence[Trial]") -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from softrl.studies.sweep import best
+    from softrl.studies.sweep_summary import cells, findings, header, settings
 
-    table = Table(title="the best first", title_justify="left")
-    for title in (*(axis.key for axis in search.axes), search.metric, "seconds"):
-        table.add_column(escape(title), justify="right")
-    sign, winner = -1.0 if search.maximize else 1.0, best(search, trials)
-    for trial in sorted(trials, key=lambda t: (t.metric is None, sign * (t.metric or 0.0))):
-        cells = [str(trial.values[axis.key]) for axis in search.axes]
-        shown = "failed" if trial.metric is None else f"{trial.metric:.4g}"
-        style = "bold" if trial is winner else None
-        table.add_row(*map(escape, cells), shown, f"{trial.seconds:.3g}", style=style)
-    Console().print(table)
+    rows = settings(question, trials)
+    table = Table(title=escape(question.title), title_justify="left")
+    for title in header(question):
+        table.add_column(escape(title), justify="right", overflow="fold")
+    sign = -1.0 if search.maximize else 1.0
+    known = [row for row in rows if row.metrics]
+    winner = min(known, key=lambda row: sign * row.metric[0], default=None)
+    for row in sorted(rows, key=lambda row: (not row.metrics, sign * row.metric[0] if row.metrics else 0.0)):
+        table.add_row(*map(escape, cells(question, row)), style="bold" if row is winner else None)
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)  # a file has no width
+    for line in findings(question, rows) if known else []:
+        print(line)

@@ -1,27 +1,27 @@
 """Grids and searches over the keys of any recipe, on optuna: what is missing is run, what failed is tried again.
 
-What a trial does is the caller's: a function of the chosen values to a number. Left out: pruning of running trials,
-and several objectives.
+What a trial does is the caller's: a function of the chosen values to its numbers, run by a launcher, here, in threads
+that wait for processes, or as jobs of a cluster. Left out: pruning of running trials, and several objectives.
 """
 
-import csv
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-from softrl.assets import write_atomically
+from softrl.studies.sweep_launch import Here, Job, Launcher, TrialError, Values
 
 SAMPLERS = ("grid", "random", "tpe")
-Values = dict[str, Any]
-
-
-class TrialError(RuntimeError):
-    """A trial did not reach its metric; the others go on."""
+ARM, SEED = "arm", "seed"  # keys of a trial's values: the arm's label, and what results are averaged over
+Outcome = float | Mapping[str, float]  # the metric alone, or all of a trial's numbers
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Axis:
     values: tuple[Any, ...]
 
     @classmethod
-    def parsed(cls, text: str) -> "Axis":
+    def parsed(cls, text: str, option: str = "--grid") -> "Axis":
         """From `key=value,value`; values are read as YAML would.
 
         Raises:
@@ -40,11 +40,35 @@ class Axis:
         """
         key, found, values = text.partition("=")
         if not found or not key or not values:
-            raise ValueError(f"--grid {text!r}: expected key=value,value,...")
-        parsed = tuple(yaml.safe_load(value) for value in values.split(","))
-        if any(isinstance(value, list | dict) for value in parsed) or len(set(parsed)) < len(parsed):
-            raise ValueError(f"--grid {text!r}: values must be different numbers, words, true, false or null")
-        return cls(key.strip(), parsed)
+            raise ValueError(f"{option} {text!r}: expected key=value,value,...")
+        return cls.of(key.strip(), [yaml.safe_load(value) for value in values.split(",")], f"{option} {text!r}")
+
+    @classmethod
+    def of(cls, key: str, values: Sequence[Any], where: str) -> "Axis":
+        """From a list of values.
+
+        Raises:
+            ValueError: none, one that is neither number, word, bool nor null, or one that comes twice.
+        """
+        plain = not any(isinstance(value, list | dict) for value in values)
+        if not values or not plain or len(set(values)) < len(values):
+            raise ValueError(f"{where}: values must be different numbers, words, true, false or null")
+        return cls(key, tuple(values))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison whose sides differ in more than one key.
+
+    Args:
+        label: what tables and figures call it.
+        fixed: keys with one value, which are not shown.
+        axes: its own, instead of the search's of the same key.
+    """
+
+    label: str
+    fixed: Values = field(default_factory=dict)
+    axes: tuple[Axis, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,8 +82,13 @@ class Search:
         sampler: one of SAMPLERS.
         trials: how many in all, those of earlier runs included; None for the whole grid.
         seed: of random and tpe.
+        arms: each is crossed with the axes; none is one arm without a label.
+        fixed: keys that all trials set alike.
+        only_arms: labels of those to run; None for all.
+        together: keys that take their value from one that stands for all of them.
     Raises:
-        ValueError: an unknown sampler, a key that comes twice, random or tpe without a number of trials.
+        ValueError: an unknown sampler or arm, a key or a label that comes twice, random or tpe without a number of
+            trials or with arms.
     """
 
     axes: tuple[Axis, ...]
@@ -68,117 +97,95 @@ class Search:
     sampler: str = "grid"
     trials: int | None = None
     seed: int = 0
+    arms: tuple[Arm, ...] = ()
+    fixed: Values = field(default_factory=dict)
+    only_arms: tuple[str, ...] | None = None
+    together: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"--sampler must be one of {SAMPLERS}, got {self.sampler!r}")
-        keys = [axis.key for axis in self.axes]
-        if not keys or len(set(keys)) < len(keys):
+        keys, labels = [axis.key for axis in self.axes], [arm.label for arm in self.arms]
+        if not (keys or labels) or len(set(keys)) < len(keys):
             raise ValueError(f"--grid: needs one or more different keys, got {keys}")
-        if self.trials is None and self.sampler != "grid":
-            raise ValueError(f"--sampler {self.sampler} needs --trials")
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"arms must have different labels, got {labels}")
+        if unknown := set(self.only_arms or ()) - set(labels):
+            raise ValueError(f"--arms: there is no {sorted(unknown)}, there are {labels}")
+        if self.sampler != "grid" and (self.trials is None or self.arms):
+            raise ValueError(f"--sampler {self.sampler} needs --trials, and has no use for arms")
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"--trials must be at least 1, got {self.trials}")
 
+    @property
+    def keys(self) -> list[str]:
+        """Of a trial's values, as tables show them: the arm first, the seed last."""
+        own = [axis.key for arm in self.arms for axis in arm.axes]
+        keys = dict.fromkeys([axis.key for axis in self.axes] + own)
+        return [*([ARM] if self.arms else []), *(k for k in keys if k != SEED), *(k for k in keys if k == SEED)]
+
     def grid(self) -> list[Values]:
-        """Every combination, at most `trials` of them."""
-        keys = [axis.key for axis in self.axes]
-        every = itertools.product(*(axis.values for axis in self.axes))
-        return [dict(zip(keys, values, strict=True)) for values in every][: self.trials]
+        """Every combination, at most `trials` of them; all settings with one seed come before the next seed's."""
+        wanted = [arm for arm in self.arms if self.only_arms is None or arm.label in self.only_arms]
+        every = [values for arm in wanted or (None,) for values in self._of_arm(arm)]
+        seeds = list(dict.fromkeys(values.get(SEED) for values in every))
+        return sorted(every, key=lambda values: seeds.index(values.get(SEED)))[: self.trials]
+
+    def _of_arm(self, arm: Arm | None) -> Iterator[Values]:
+        own = {axis.key: axis for axis in (arm.axes if arm else ())}
+        axes = [own.pop(axis.key, axis) for axis in self.axes] + list(own.values())
+        label = {ARM: arm.label} if arm else {}
+        for values in itertools.product(*(axis.values for axis in axes)):
+            yield {**label, **dict(zip([axis.key for axis in axes], values, strict=True))}
+
+    def given(self, values: Values) -> Values:
+        """All keys that a trial sets: those of all trials, its arm's, its own."""
+        of_arm = next((arm.fixed for arm in self.arms if arm.label == values.get(ARM)), {})
+        named = {**self.fixed, **of_arm, **{key: value for key, value in values.items() if key != ARM}}
+        return {each: value for key, value in named.items() for each in self.together.get(key, (key,))}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial: its values, its metric (None if it failed) and how long it took."""
+    """A finished trial: its values, its metric (None if it failed), how long it took, and all of its numbers."""
 
     values: Values
     metric: float | None
     seconds: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
 
 
-def sweep(search: Search, objective: Callable[[Values], float], folder: Path) -> list[Trial]:
-    """Run what is missing; the journal, the table and the figure lie in the folder.
+def sweep(search: Search, launch: Launcher | Callable[[Values], Outcome], folder: Path) -> list[Trial]:
+    """Run what is missing; the journal lies in the folder.
 
     Args:
         search: keys, values, metric.
-        objective: runs a trial; a TrialError marks it as failed, anything else ends the sweep.
-        folder: a rerun with the same one goes on.
+        launch: runs trials; a function is called here, one trial after the other. A TrialError marks a trial as
+            failed, anything else ends the sweep.
+        folder: a rerun with the same one goes on, also with more or other values of the same keys.
     Returns:
-        Every trial of the search that finished or failed last, in order of running.
+        Every trial of the folder that finished or failed last, in order of running.
     Raises:
-        ValueError: the folder holds a sweep of other keys, metric or direction.
+        ValueError: the folder holds a sweep of other keys, metric or direction, or one that is running; or a trial
+            has no such metric.
     """
-    import optuna
-
-    study = _study(search, folder)
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # of a run that was interrupted
-    left = _enqueue(search, study)
-
-    def run(trial: Any) -> float:
-        return objective({axis.key: trial.suggest_categorical(axis.key, axis.values) for axis in search.axes})
-
-    with tqdm(total=left, desc="sweep", unit="trial", disable=None) as bar:
-        study.optimize(run, n_trials=left, catch=(TrialError,), callbacks=[lambda *_: bar.update()]) if left else None
-    trials = _trials(search, study)
-    write_results(search, trials, folder)
-    return trials
+    launcher = launch if isinstance(launch, Launcher) else Here(launch)
+    with _locked(folder):
+        study = _study(search, folder)
+        _run_missing(search, study, launcher)
+        return _trials(search, study)
 
 
-def _study(search: Search, folder: Path) -> Any:
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+def finished(search: Search, folder: Path) -> list[Trial]:
+    """What `sweep` has run in a folder.
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    folder.mkdir(parents=True, exist_ok=True)
-    samplers = {
-        "grid": optuna.samplers.RandomSampler(search.seed),  # never asked: the grid is enqueued
-        "random": optuna.samplers.RandomSampler(search.seed),
-        "tpe": optuna.samplers.TPESampler(seed=search.seed),
-    }
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))), sampler=samplers[search.sampler],
-        study_name="softrl sweep", direction="maximize" if search.maximize else "minimize", load_if_exists=True,
-    )  # fmt: skip
-    known = {"metric": search.metric, "keys": sorted(axis.key for axis in search.axes), "maximize": search.maximize}
-    before = study.user_attrs.get("search")
-    if before not in (None, known):
-        raise ValueError(f"{folder} holds a sweep with {before}, this one has {known}; choose another --output_dir")
-    study.set_user_attr("search", known)
-    return study
-
-
-def _enqueue(search: Search, study: Any) -> int:
-    """How many trials are left; those of a grid are put in line."""
-    from optuna.trial import TrialState
-
-    complete = [trial.params for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    if search.sampler != "grid":
-        assert search.trials is not None
-        return max(search.trials - len(complete), 0)
-    line = [trial.system_attrs.get("fixed_params") for trial in waiting]
-    for values in search.grid():
-        if values not in complete and values not in line:
-            study.enqueue_trial(values)
-            line.append(values)
-    return len(line)
-
-
-def _trials(search: Search, study: Any) -> list[Trial]:
-    """By values: the last that finished, else the last that failed."""
-    from optuna.trial import TrialState
-
-    kept: dict[str, Trial] = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL, TrialState.COMPLETE)):
-        name, failed = repr(sorted(trial.params.items())), trial.state == TrialState.FAIL
-        if set(trial.params) != {axis.key for axis in search.axes} or (failed and name in kept):
-            continue
-        seconds = trial.duration.total_seconds() if trial.duration is not None else float("nan")
-        kept.pop(name, None)
-        kept[name] = Trial(dict(trial.params), None if failed else trial.value, seconds)
-    return list(kept.values())
+    Raises:
+        ValueError: the folder holds none, or one of other keys, metric or direction.
+    """
+    if not (folder / _JOURNAL).is_file():
+        raise ValueError(f"{folder} holds no sweep; run it without --only_report")
+    return _trials(search, _study(search, folder))
 
 
 def best(search: Search, trials: Sequence[Trial]) -> Trial | None:
@@ -188,41 +195,147 @@ def best(search: Search, trials: Sequence[Trial]) -> Trial | None:
     return min(known, key=lambda trial: sign * (trial.metric or 0.0)) if known else None
 
 
-def write_results(search: Search, trials: Sequence[Trial], folder: Path) -> None:
-    """results.csv, and sweep.png if any trial finished."""
-    keys = [axis.key for axis in search.axes]
-    with write_atomically(folder / "results.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*keys, search.metric, "seconds", "state"])
-        for trial in trials:
-            cells = ["" if trial.metric is None else f"{trial.metric:.6g}", f"{trial.seconds:.3g}"]
-            state = "failed" if trial.metric is None else "finished"
-            writer.writerow([*(_word(trial.values[key]) for key in keys), *cells, state])
-    if best(search, trials) is not None:
-        _plot(search, [trial for trial in trials if trial.metric is not None], folder / "sweep.png")
+_JOURNAL = "trials.log"
 
 
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "running.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"a sweep is running in {folder}; wait for it, or choose another --output_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _plot(search: Search, trials: Sequence[Trial], path: Path) -> None:
-    """The metric against each key: a dot a trial, and the mean over the other keys."""
-    from softrl.studies.variance_style import png, pyplot
+def _run_missing(search: Search, study: Any, launcher: Launcher) -> None:
+    waiting = _missing(search, study)
+    left = len(waiting) if search.sampler == "grid" else _left(search, study)
+    running: dict[Job, Any] = {}
+    with tqdm(total=left, desc="sweep", unit="trial", smoothing=0.1, disable=None) as bar:
+        try:
+            while left or running:
+                started = [_asked(search, study, waiting) for _ in range(min(left, launcher.capacity - len(running)))]
+                left -= len(started)
+                jobs = launcher.submit([trial.user_attrs["values"] for trial in started])
+                running |= dict(zip(jobs, started, strict=True))
+                ended = [job for job in running if job.done()]
+                for job in ended:
+                    _tell(search, study, running[job], job)
+                    del running[job]
+                bar.update(len(ended))
+                if not ended and running:
+                    time.sleep(launcher.poll_seconds)
+        finally:
+            if running:  # stopped, by Ctrl-C or by an error of one trial
+                launcher.stop()
+            for trial in running.values():
+                _fail(study, trial, "interrupted")
 
-    count = len(search.axes)
-    figure, axes = pyplot().subplots(1, count, figsize=(4.6 * count, 4.0), layout="constrained", squeeze=False)
-    for panel, axis in zip(axes[0], search.axes, strict=True):
-        values = sorted({trial.values[axis.key] for trial in trials}, key=lambda v: (isinstance(v, str), v is None, v))
-        places = {value: place for place, value in enumerate(values)}
-        panel.plot([places[trial.values[axis.key]] for trial in trials], [trial.metric for trial in trials], "o",
-                   color="#0072B2", alpha=0.6, label="a trial")  # fmt: skip
-        of_value = {value: [t.metric or 0.0 for t in trials if t.values[axis.key] == value] for value in values}
-        means = [sum(metrics) / len(metrics) for metrics in of_value.values()]
-        panel.plot(range(len(values)), means, "-", color="#D55E00", label="mean over the other keys")
-        panel.set_xticks(range(len(values)), [_word(value) for value in values])
-        panel.set(xlabel=axis.key, ylabel=search.metric)
-        panel.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=8)
-    with write_atomically(path) as temporary:
-        temporary.write_bytes(png(figure))
+
+def _asked(search: Search, study: Any, waiting: list[Values]) -> Any:
+    """The next trial, with its values."""
+    trial = study.ask()
+    chosen = {axis.key: axis.values for axis in search.axes}
+    values = waiting.pop(0) if waiting else {key: trial.suggest_categorical(key, of) for key, of in chosen.items()}
+    trial.set_user_attr("values", values)
+    return trial
+
+
+def _tell(search: Search, study: Any, trial: Any, job: Job) -> None:
+    try:
+        outcome = job.result()
+        numbers = dict(outcome) if isinstance(outcome, Mapping) else {search.metric: float(outcome)}
+        if search.metric not in numbers:
+            raise ValueError(f"a run has no metric {search.metric!r}; it has {sorted(numbers)}")
+        if not math.isfinite(numbers[search.metric]):
+            raise TrialError(f"{search.metric} is {numbers[search.metric]}")
+    except TrialError as error:
+        tqdm.write(f"softrl sweep: {trial.user_attrs['values']}: {error}", file=sys.stderr)
+        _fail(study, trial, str(error))
+    else:
+        trial.set_user_attr("numbers", numbers)
+        study.tell(trial, numbers[search.metric])
+
+
+def _fail(study: Any, trial: Any, why: str) -> None:
+    from optuna.trial import TrialState
+
+    trial.set_user_attr("error", why)
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def _study(search: Search, folder: Path) -> Any:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / _JOURNAL))), study_name="softrl sweep",
+        direction="maximize" if search.maximize else "minimize", load_if_exists=True,
+    )  # fmt: skip
+    # Another seed for what is drawn later: the same would draw the same again.
+    seed = search.seed + len(study.get_trials(deepcopy=False))
+    tpe = search.sampler == "tpe"
+    study.sampler = optuna.samplers.TPESampler(seed=seed) if tpe else optuna.samplers.RandomSampler(seed)
+    together = {key: list(keys) for key, keys in search.together.items()}
+    known = {
+        "metric": search.metric, "keys": sorted(search.keys), "maximize": search.maximize, "fixed": search.fixed,
+        "together": together,
+    }  # fmt: skip
+    before = {"fixed": {}, "together": {}, **study.user_attrs.get("search", known)}
+    if before != known:
+        raise ValueError(f"{folder} holds a sweep with {before}, this one has {known}; choose another --output_dir")
+    study.set_user_attr("search", known)
+    arms, earlier = {arm.label: arm.fixed for arm in search.arms}, study.user_attrs.get("arms", {})
+    if changed := [label for label in arms if earlier.get(label, arms[label]) != arms[label]]:
+        raise ValueError(f"{folder} holds trials of the arms {changed} with other keys; choose another --output_dir")
+    study.set_user_attr("arms", {**earlier, **arms})
+    return study
+
+
+def _missing(search: Search, study: Any) -> list[Values]:
+    """What of a grid has not been finished; trials of a run that was interrupted are over."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    complete = [_values(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    return [values for values in search.grid() if values not in complete] if search.sampler == "grid" else []
+
+
+def _left(search: Search, study: Any) -> int:
+    from optuna.trial import TrialState
+
+    assert search.trials is not None
+    return max(search.trials - len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))), 0)
+
+
+def _values(trial: Any) -> Values:
+    return dict(trial.user_attrs.get("values", trial.params))
+
+
+def _trials(search: Search, study: Any) -> list[Trial]:
+    """By values: the last that finished, else the last that failed."""
+    from optuna.trial import TrialState
+
+    kept: dict[str, Trial] = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL, TrialState.COMPLETE)):
+        values, failed = _values(trial), trial.state == TrialState.FAIL
+        name = repr(sorted(values.items(), key=lambda item: item[0]))
+        error = trial.user_attrs.get("error", "interrupted" if failed else "")
+        if not values or error == "interrupted" or (failed and name in kept):
+            continue
+        numbers = trial.user_attrs.get("numbers", {})
+        taken = trial.duration.total_seconds() if trial.duration is not None else math.nan
+        kept.pop(name, None)
+        seconds = numbers.get("trial_seconds", taken)
+        kept[name] = Trial(values, None if failed else trial.value, seconds, numbers, error)
+    return list(kept.values())

@@ -23,9 +23,9 @@ from softrl.trainers import SoftRolloutTrainer
 pytestmark = pytest.mark.slow  # imports trl
 
 FOLDER = find_recipe("quickstart").parent
-STUDIES = FOLDER / "studies"  # recipes of other commands
+OTHERS = {FOLDER / "studies", FOLDER / "sweeps"}  # recipes of other commands
 RECIPES = {
-    str(path.relative_to(FOLDER)): path for path in sorted(FOLDER.rglob("*.yaml")) if STUDIES not in path.parents
+    str(path.relative_to(FOLDER)): path for path in sorted(FOLDER.rglob("*.yaml")) if not OTHERS & set(path.parents)
 }
 V = 80
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

@@ -1,26 +1,20 @@
-"""Sweeps: only what is missing is run, failed trials are tried again, keys that nothing has are refused."""
+"""Sweeps: only what is missing is run, failed trials are tried again, several at a time, arms and seeds in order."""
 
 import csv
 import json
+import threading
+import time
 
 import pytest
 
-from softrl.cli import sweep as command
-from softrl.studies.sweep import Axis, Search, TrialError, best, sweep
+from softrl.studies.sweep import Arm, Axis, Search, best, finished, sweep
+from softrl.studies.sweep_figures import plot_search
+from softrl.studies.sweep_launch import Threads, TrialError
 from softrl.studies.sweep_recipes import with_values
+from softrl.studies.sweep_summary import write_results
 from softrl.studies.variance_config import ProblemSpec, VarianceConfig
 
 AXES = (Axis("a", (1, 2, 3)), Axis("b", ("x", None)))
-RECIPE = """
-question: Which?
-output_dir: unused
-draws: 8
-problems:
-  - name: t
-    kind: tiny_lm
-    settings: {reward: additive, vocab_size: 4, steps: 1, num_samples: 4}
-    estimators: [rloo, {name: st_gumbel, temperature: 1.0, label: st}]
-"""
 
 
 def cost(values):
@@ -42,6 +36,9 @@ def test_axes_are_read_as_yaml():
         ({"sampler": "tpe"}, "needs --trials"),
         ({"trials": 0}, "--trials must be at least 1"),
         ({"axes": (AXES[0], AXES[0])}, "different keys"),
+        ({"arms": (Arm("one"), Arm("one"))}, "different labels"),
+        ({"arms": (Arm("one"),), "only_arms": ("two",)}, "there is no \\['two'\\]"),
+        ({"arms": (Arm("one"),), "sampler": "random", "trials": 2}, "no use for arms"),
     ],
 )
 def test_searches_that_make_no_sense_are_refused(changes, message):
@@ -72,11 +69,14 @@ def test_a_rerun_does_only_what_is_missing_and_what_failed(tmp_path):
     before = len(called)
     assert len(sweep(search, objective, tmp_path)) == 6
     assert len(called) == before
+    assert finished(search, tmp_path) == trials
+    write_results(search, trials, tmp_path / "results.csv")
     with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {(row["a"], row["b"]): float(row["m"]) for row in rows} == {
         (str(v["a"]), v["b"] or "null"): cost(v) for v in search.grid()
     }
+    plot_search(search.keys, "m", trials, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert best(search, trials).values == {"a": 1, "b": "x"}
     assert best(Search(AXES, "m", maximize=True), trials).values == {"a": 3, "b": None}
@@ -91,6 +91,8 @@ def test_failed_trials_are_in_the_table(tmp_path):
     trials = sweep(Search(AXES[:1], "m"), objective, tmp_path)
     assert [trial.metric for trial in trials] == [None] * 3
     assert best(Search(AXES[:1], "m"), trials) is None
+    assert {trial.error for trial in trials} == {"no"}
+    write_results(Search(AXES[:1], "m"), trials, tmp_path / "results.csv")
     assert (tmp_path / "results.csv").read_text().count("failed") == 3
 
 
@@ -99,6 +101,100 @@ def test_a_random_search_counts_earlier_trials(tmp_path):
     for wanted in (3, 5):
         sweep(Search(AXES, "m", sampler="random", trials=wanted), lambda v: called.append(v) or 1.0, tmp_path)
         assert len(called) == wanted
+    assert len({json.dumps(values) for values in called}) > 1
+
+
+def test_arms_replace_axes_and_all_of_a_seed_comes_before_the_next():
+    arms = (Arm("one", {"c": 5}), Arm("two", {}, (Axis("a", (None,)), Axis("d", (8, 9)))))
+    search = Search((Axis("seed", (7, 8)), Axis("a", (1, 2))), "m", arms=arms, fixed={"e": 6})
+    assert search.keys == ["arm", "a", "d", "seed"]
+    first = [
+        {"arm": "one", "seed": 7, "a": 1}, {"arm": "one", "seed": 7, "a": 2},
+        {"arm": "two", "seed": 7, "a": None, "d": 8}, {"arm": "two", "seed": 7, "a": None, "d": 9},
+    ]  # fmt: skip
+    assert search.grid() == [*first, *({**values, "seed": 8} for values in first)]
+    assert search.given(first[0]) == {"e": 6, "c": 5, "seed": 7, "a": 1}
+    assert search.given(first[2]) == {"e": 6, "seed": 7, "a": None, "d": 8}
+    only = Search(search.axes, "m", arms=arms, only_arms=("one",))
+    assert only.keys == search.keys
+    assert len(only.grid()) == 4
+
+
+def test_a_folder_takes_more_values_and_arms_but_no_other_keys(tmp_path):
+    called = []
+    run = lambda values: called.append(values) or 1.0  # noqa: E731
+    one, two = Arm("one", {"c": 5}), Arm("two")
+    sweep(Search((Axis("a", (1, 2)),), "m", arms=(one, two), only_arms=("one",)), run, tmp_path)
+    assert called == [{"arm": "one", "a": 1}, {"arm": "one", "a": 2}]
+    trials = sweep(Search((Axis("a", (2, 3)),), "m", arms=(one, two)), run, tmp_path)
+    assert called[2:] == [{"arm": "one", "a": 3}, {"arm": "two", "a": 2}, {"arm": "two", "a": 3}]
+    assert len(trials) == 5
+    with pytest.raises(ValueError, match=r"arms \['one'\] with other keys"):
+        sweep(Search((Axis("a", (2,)),), "m", arms=(Arm("one", {"c": 6}),)), run, tmp_path)
+    with pytest.raises(ValueError, match="holds a sweep with"):
+        sweep(Search((Axis("a", (2,)),), "m", arms=(one, two), fixed={"e": 1}), run, tmp_path)
+    with pytest.raises(ValueError, match="holds no sweep"):
+        finished(Search((Axis("a", (2,)),), "m"), tmp_path / "other")
+
+
+def test_workers_run_at_the_same_time_and_failures_stop_nobody(tmp_path):
+    together = threading.Barrier(3)  # broken unless three trials run at once
+
+    def objective(values):
+        together.wait(timeout=10.0)
+        if values == {"a": 2, "b": None}:
+            raise TrialError("no")
+        return {"m": cost(values), "other": 5.0}
+
+    trials = sweep(Search(AXES, "m"), Threads(objective, 3), tmp_path)
+    assert len(trials) == 6
+    assert [t.values for t in trials if t.metric is None] == [{"a": 2, "b": None}]
+    assert all(t.metric == cost(t.values) and t.numbers["other"] == 5.0 for t in trials if t.metric is not None)
+    with pytest.raises(ValueError, match="at least 1"):
+        Threads(objective, 0)
+
+
+def test_an_error_of_one_trial_stops_the_others_and_they_are_run_again(tmp_path):
+    stopped = threading.Event()
+
+    def objective(values):
+        if values["a"] == 1:
+            return {"other": 1.0}
+        stopped.wait(timeout=10.0)
+        raise TrialError("stopped")
+
+    search = Search(AXES[:1], "m")
+    with pytest.raises(ValueError, match=r"no metric 'm'; it has \['other'\]"):
+        sweep(search, Threads(objective, 2, stopped.set), tmp_path)
+    assert stopped.is_set()
+    called = []
+    sweep(search, lambda values: called.append(values["a"]) or 1.0, tmp_path)
+    assert called == [1, 2, 3]
+
+
+def test_a_metric_that_is_no_number_is_a_failure(tmp_path):
+    trials = sweep(Search(AXES[:1], "m"), lambda values: float("nan") if values["a"] == 2 else 1.0, tmp_path)
+    assert [trial.metric for trial in trials] == [1.0, None, 1.0]
+    assert trials[1].error == "m is nan"
+
+
+def test_two_sweeps_do_not_share_a_folder_at_the_same_time(tmp_path):
+    def objective(values):
+        with pytest.raises(ValueError, match="a sweep is running"):
+            sweep(Search(AXES[:1], "m"), lambda values: 1.0, tmp_path)
+        return 1.0
+
+    assert len(sweep(Search(AXES[:1], "m"), objective, tmp_path)) == 3
+
+
+def test_seconds_are_those_of_the_trial(tmp_path):
+    def objective(values):
+        time.sleep(0.01)
+        return {"m": 1.0} if values["a"] == 1 else {"m": 1.0, "trial_seconds": 12.0}
+
+    seconds = [trial.seconds for trial in sweep(Search(AXES[:1], "m"), objective, tmp_path)]
+    assert 0.01 <= seconds[0] < 5.0
+    assert seconds[1:] == [12.0, 12.0]
 
 
 def test_keys_reach_settings_and_estimators():
@@ -114,52 +210,3 @@ def test_keys_reach_settings_and_estimators():
     for key in ("hop", "problems.1.settings.steps", "problems.0.estimators.0.hops", "question.x", "problems.0.drws"):
         with pytest.raises(ValueError, match="unknown key"):
             with_values(config, {key: 1})
-
-
-def test_the_command_sweeps_a_variance_recipe(tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    words = ["--config", str(recipe), "--grid", "temperature=0.5,1.0", "--grid", "steps=1,2"]
-    assert command.main([*words, "--output_dir", str(tmp_path / "out"), "--minimize", "st:variance"]) == 0
-    with open(tmp_path / "out" / "results.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {(row["temperature"], row["steps"]) for row in rows} == {(t, s) for t in ("0.5", "1.0") for s in "12"}
-    assert len({row["st:variance"] for row in rows}) == 4
-    capsys.readouterr()
-    for more, message in (
-        (["--grid", "temprature=1"], "unknown key 'temprature'"),
-        (["--grid", "steps=1", "--minimize", "msee"], "unknown metric 'msee'"),
-        (["--grid", "steps=1", "--minimize", "ppo:mse"], "no estimator 'ppo'"),
-    ):
-        assert command.main(["--config", str(recipe), *more, "--output_dir", str(tmp_path / message[:9])]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_the_command_runs_training_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
-    """With a stub instead of `softrl train`: it fails at beta 0.3 once, and is asked for what is missing only."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("max_steps: 1\n")
-    stub = (
-        "import json, os, sys; w = sys.argv[1:]; v = dict(zip(w[::2], w[1::2])); d = v['--output_dir'];"
-        "open(d + '/ran', 'a').write('x');"
-        "sys.exit(3) if v['--beta'] == '0.3' and len(open(d + '/ran').read()) == 1 else None;"
-        "json.dump({'eval_reward': 1 - float(v['--beta'])}, open(d + '/metrics.json', 'w'))"
-    )
-    monkeypatch.setattr(command, "_RUN", stub)
-    monkeypatch.setattr(command, "check_keys", lambda recipe, values: None)
-    words = ["--config", str(recipe), "--grid", "beta=0.1,0.3", "--output_dir", str(tmp_path / "out")]
-    assert command.main(words) == 1
-    assert "status 3" in capsys.readouterr().err
-    assert command.main(words) == 0
-    assert command.main(words) == 0
-    trials = tmp_path / "out" / "trials"
-    assert {path.name: (path / "ran").read_text() for path in trials.iterdir()} == {"beta=0.1": "x", "beta=0.3": "xx"}
-    assert (tmp_path / "out" / "results.csv").read_text().splitlines()[0] == "beta,eval_reward,seconds,state"
-
-
-def test_words_of_a_training_trial(tmp_path):
-    words = command.words_of(tmp_path / "r.yaml", {"hops": 2, "relaxation": "softmax", "beta": None})
-    assert words == ["--config", str(tmp_path / "r.yaml"), "--hops", "2", "--relaxation", "softmax"]
-    assert command.resuming(tmp_path) == []
-    (tmp_path / "checkpoint-3").mkdir()
-    assert command.resuming(tmp_path) == ["--resume_from_checkpoint", "latest"]
