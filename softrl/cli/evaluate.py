@@ -14,7 +14,8 @@ measured by how it orders the held-out sets of completions; what it writes is sh
 the same adapter: softrl evaluate --config quickstart --checkpoint FOLDER --output_dir ELSEWHERE. One of `--trainer
 quietstar` by the likelihood of held-out text with and without thoughts, and one of `--trainer soft_sft` by that behind
 true tokens and behind the model's own soft ones. One of `--trainer soft_ar` by that of all tokens and of those beyond
-the first window, with the text's own memory, without any, and with another text's.
+the first window, with the text's own memory, without any, and with another text's. One of `--trainer reasoner` by that
+of the mixture after thoughts, of the base LM and of the interpreter.
 
   --checkpoint FOLDER  another folder with a model or an adapter; "latest" for the run's last checkpoint
   --key value          any key of `softrl train`

@@ -287,7 +287,8 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import softrl.contexts.soft_ar  # noqa: F401, whose models the Auto classes then know, and the GRU with them
+    import softrl.contexts.soft_ar
+    import softrl.models.reasoner  # noqa: F401
     from softrl.assets import resolve_model
     from softrl.models.think_tokens import make_room
     from softrl.models.thinking import is_thinking_folder

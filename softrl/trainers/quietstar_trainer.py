@@ -4,19 +4,15 @@ Left out: engines that shard parameters, which would have to gather the learned 
 """
 
 from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 
-from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
+from softrl.data.texts import ANCHOR_COLUMN, INDEX_COLUMN
 from softrl.estimators.thoughts import ThoughtExtras, ThoughtLoss, log_proposal, text_loss, thought_loss
 from softrl.masking import token_mean
 from softrl.models.policy import check_policy, evaluating, evaluation_mode
@@ -24,15 +20,9 @@ from softrl.models.thinking import ThinkingLM
 from softrl.rollouts.anchors import Anchors, by_entropy, every_kth, given
 from softrl.rollouts.thoughts import joined_thoughts, thought_embeds, thought_pass, thought_rollout
 from softrl.tokens.noise import SequenceRandom, sequence_seed
-from softrl.trainers._bridge import BaseTrainer, ForwardRedirection
-from softrl.trainers.batches import as_rows
-from softrl.trainers.checkpoints import CheckpointMixin
-from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
-from softrl.trainers.loading import load_tokenizer, model_name
-from softrl.trainers.metrics import MetricLog
-from softrl.trainers.model_card import CITATION
+from softrl.trainers.loading import model_name
+from softrl.trainers.plain_text_trainer import PlainTextTrainer
 from softrl.trainers.quietstar_config import QuietSTaRConfig
-from softrl.trainers.step_guard import StepGuardMixin
 from softrl.trainers.thinking_model import ThinkingModelMixin, frozen_prior, thinking_model
 from softrl.trainers.thought_evaluation import ThoughtSample, measure_texts, measure_thoughts, summary
 from softrl.trainers.thought_surrogate import SurrogateFit
@@ -41,13 +31,12 @@ from softrl.types import Texts, Thoughts
 _DRAWS = 1  # of a text's random streams: 0 thinks, this one is for rules that draw
 
 
-class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, BaseTrainer):
+class QuietSTaRTrainer(ThinkingModelMixin, PlainTextTrainer):
     """
     Trainer that teaches a causal language model to think before its next tokens, on plain text.
 
-    With respect to `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`,
-    `training_step` (timing only), `compute_loss`, `create_optimizer` (a learning rate of its own for what thinking
-    adds), `get_eval_dataloader`, `evaluation_loop`, `log`, and what [`ThinkingModelMixin`] lists.
+    With respect to `~transformers.Trainer` it overrides `compute_loss`, `create_optimizer` (a learning rate of its own
+    for what thinking adds), and what [`PlainTextTrainer`] and [`ThinkingModelMixin`] list.
 
     Example:
 
@@ -78,10 +67,9 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
             As in [`~trl.SFTTrainer`].
     """
 
-    loss_is_scaled_for_ga = False  # the loss is a mean over this micro-batch
     _tag_names = ("trl", "softrl", "quiet-star")
     _name = "QuietSTaR"
-    _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
+    _why_whole = "the learned embeddings of thoughts lie outside of any module's call"
 
     def __init__(
         self,
@@ -97,20 +85,23 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
     ):
         if args is None:
             args = QuietSTaRConfig(f"{model_name(model)}-{self._name}")
-        tokenizer = processing_class
-        if tokenizer is None and model_name(model):  # rows of token ids need none
-            tokenizer = load_tokenizer(model, args)
-        needs_anchors = args.think_at == "given"
-        rows = partial(text_rows, tokenizer=tokenizer, max_length=args.max_length, needs_anchors=needs_anchors)
-        self._rows = rows
-        if train_dataset is not None:
-            train_dataset = rows(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = rows(eval_dataset, "eval_dataset")
-        set_seed(args.seed)  # adapters and the mixing head are initialised at random
-        thinking = thinking_model(model, args, quantization_config, peft_config, tokenizer)
+        self.thoughts_sampled = 0  # by this process since it began
+        self._wrapping = (quantization_config, peft_config)
+        others = (train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        super().__init__(model, args, *others, needs_anchors=args.think_at == "given")
+        if self.is_deepspeed_enabled and args.is_soft:
+            raise ValueError("estimator='soft' differentiates a pass twice, which DeepSpeed does not allow; use DDP")
+        for each in (self.prior, self.surrogate and self.surrogate.surrogate):
+            if each is not None:
+                each.to(self.accelerator.device)
+
+    def make_model(
+        self,
+        model: "str | PreTrainedModel | PeftModel | ThinkingLM",
+        args: QuietSTaRConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> ThinkingLM:
+        thinking = thinking_model(model, args, *self._wrapping, tokenizer)
         check_policy(thinking.talk)
         top_k = min(args.top_k, thinking.policy.vocab_size)
         self.relaxation = args.make_relaxation(top_k) if args.is_soft else None
@@ -119,47 +110,9 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         if args.reward_surrogate:
             settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed)
             self.surrogate = SurrogateFit(len(thinking.start), *settings)
-        self._redirect = ForwardRedirection()
-        self._metrics = MetricLog()
-        self._engine_is_checked = False
-        self.last_evaluation: list[ThoughtSample] = []
-        self.thoughts_sampled = 0  # by this process since it began
-        super().__init__(
-            model=thinking,
-            args=args,
-            data_collator=as_rows,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        check_engine(self.accelerator)
-        if shards_parameters(self.accelerator):
-            raise ValueError(
-                f"QuietSTaRTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} "
-                "here shards parameters, and the learned embeddings of thoughts lie outside of any module's call"
-            )
-        if self.is_deepspeed_enabled and args.is_soft:
-            raise ValueError("estimator='soft' differentiates a pass twice, which DeepSpeed does not allow; use DDP")
-        for each in (self.prior, self.surrogate and self.surrogate.surrogate):
-            if each is not None:
-                each.to(self.accelerator.device)
-        self.model_accepts_loss_kwargs = False
+        return thinking
 
     # Data
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["input_ids", INDEX_COLUMN, ANCHOR_COLUMN, MASK_COLUMN]
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        if isinstance(eval_dataset, Dataset) and INDEX_COLUMN not in eval_dataset.column_names:
-            eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return inputs
 
     def anchors(self, model: ThinkingLM, texts: Texts, rows: list[dict[str, Any]], offset: int = 0) -> Anchors:
         """Where to think about these texts."""
@@ -171,13 +124,6 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
         return every_kth(texts, args.think_every, offset)
 
     # Training
-
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._engine_is_checked:
-            check_wrapped(self.accelerator, model)
-            self._engine_is_checked = True
-        with self._metrics.timed_step():
-            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -208,9 +154,6 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
             with self._metrics.timed("surrogate"):
                 self._metrics.add(self.surrogate.learn(thoughts, output.passed, output.embeds, self.accelerator))
         return output.loss
-
-    def _texts(self, rows: list[dict[str, Any]]) -> Texts:
-        return padded_texts(rows, self.accelerator.device)
 
     def _split(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows to think about, and those that name no place to; all are of the first kind where no row names one."""
@@ -328,36 +271,7 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
             optimizer.add_param_group(settings)
         return optimizer
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._metrics:
-            averages = self._metrics.drained(self.args.gradient_accumulation_steps, "update")
-            logs = {**logs, **averages, "num_tokens": self.state.num_input_tokens_seen}
-        super().log(logs, start_time)
-
     # Evaluation
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Thoughts about every text, with the same random streams every time; NLL of the tokens after them."""
-        model, found = self.accelerator.unwrap_model(self.model), []
-        for rows in dataloader:
-            found += gather_object(self.measure(model, rows))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        by_index = {sample.text_index: sample for sample in found}  # ranks may be padded with repeated rows
-        self.last_evaluation = [by_index[index] for index in sorted(by_index)]
-        metrics = summary(self.last_evaluation)
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(self.last_evaluation),
-        )
 
     def measure(self, model: ThinkingLM, rows: list[dict[str, Any]]) -> list[ThoughtSample]:
         """Think about rows of an evaluation set and score what follows."""
@@ -372,6 +286,9 @@ class QuietSTaRTrainer(ThinkingModelMixin, StepGuardMixin, CheckpointMixin, Base
                 model, texts, indices, where, args.num_eval_thoughts, args.thoughts, relaxation, args.seed,
                 args.branch_attention,
             )  # fmt: skip
+
+    def summarised(self, model: ThinkingLM) -> dict[str, float]:
+        return summary(self.last_evaluation)
 
 
 def _parameter_group(name: str) -> str:

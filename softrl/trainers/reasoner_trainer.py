@@ -5,35 +5,24 @@ The maths is in `estimators.latent_objective`, the model in `models.reasoner`. L
 
 import copy
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 
 from softrl.assets import resolve_model
-from softrl.data.texts import INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
+from softrl.data.texts import INDEX_COLUMN
 from softrl.estimators.latent_objective import LatentExtras, latent_loss
 from softrl.estimators.latent_thoughts import searched_thoughts
 from softrl.models.policy import evaluating
 from softrl.models.reasoner import IGNORED, ReasonerForCausalLM, ReasonerOutput
 from softrl.tokens.noise import SequenceRandom, sequence_seed
-from softrl.trainers._bridge import BaseTrainer, ForwardRedirection
-from softrl.trainers.batches import as_rows
-from softrl.trainers.checkpoints import CheckpointMixin
-from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
-from softrl.trainers.loading import load_model, load_tokenizer, model_name
-from softrl.trainers.metrics import MetricLog
-from softrl.trainers.model_card import CITATION, finish_text_card
+from softrl.trainers.loading import load_model, model_name
+from softrl.trainers.plain_text_trainer import PlainTextTrainer
 from softrl.trainers.reasoner_config import SURROGATE, ReasonerTrainingConfig
 from softrl.trainers.reasoner_evaluation import ReasonedText, by_token, measured, num_parameters, summary
-from softrl.trainers.step_guard import StepGuardMixin
 from softrl.trainers.thought_surrogate import SurrogateFit, SurrogateStateMixin
 
 _EVALUATION_STEP = -1  # random streams of evaluations are not those of any training step
@@ -50,14 +39,13 @@ class TextBatch:
     indices: list[int]
 
 
-class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, BaseTrainer):
+class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
     """
     Trainer of latent reasoners on plain text.
 
     What it saves loads by transformers' Auto classes (import `softrl.models.reasoner` before). With respect to
-    `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`, `training_step` (timing
-    only), `compute_loss`, `get_eval_dataloader`, `evaluation_loop`, `log`, `save_model` and `create_model_card`, and
-    those of the mixins.
+    `~transformers.Trainer` it overrides `compute_loss`, `log` (parameter counts), and what [`PlainTextTrainer`] and
+    [`SurrogateStateMixin`] list.
 
     Example:
 
@@ -93,10 +81,10 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
             Must be `None`: the model is small, and trained whole.
     """
 
-    loss_is_scaled_for_ga = False  # the loss is a mean over this micro-batch
     _tag_names = ("trl", "softrl", "latent-reasoner")
     _name = "Reasoner"
-    _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
+    _model_module = "softrl.models.reasoner"
+    _why_whole = "the modules of a reasoner are called in parts"
 
     def __init__(
         self,
@@ -117,17 +105,18 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
                 "ReasonerTrainer trains a small model whole: leave out quantization_config and peft_config (use_peft, "
                 "load_in_4bit)"
             )
-        tokenizer = processing_class
-        if tokenizer is None and model_name(model):  # rows of token ids need none
-            tokenizer = load_tokenizer(model, args)
-        self._rows = partial(text_rows, tokenizer=tokenizer, max_length=args.max_length, needs_anchors=False)
-        if train_dataset is not None:
-            train_dataset = self._rows(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        set_seed(args.seed)
+        others = (train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        super().__init__(model, args, *others)
+        for each in (self.prior, self.proxy, self.surrogate and self.surrogate.surrogate):
+            if each is not None:
+                each.to(self.accelerator.device)
+
+    def make_model(
+        self,
+        model: "str | ReasonerForCausalLM",
+        args: ReasonerTrainingConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> ReasonerForCausalLM:
         reasoner = load_model(model, args)
         if not isinstance(reasoner, ReasonerForCausalLM):
             raise ValueError(
@@ -142,60 +131,18 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
         if args.objective == SURROGATE and self.thinks:
             settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed)
             self.surrogate = SurrogateFit(reasoner.config.reasoner_size, *settings)
-        self._redirect = ForwardRedirection()
-        self._metrics = MetricLog()
-        self._engine_is_checked = False
-        self.last_evaluation: list[ReasonedText] = []
-        super().__init__(
-            model=reasoner,
-            args=args,
-            data_collator=as_rows,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        check_engine(self.accelerator)
-        if shards_parameters(self.accelerator):
-            raise ValueError(
-                f"ReasonerTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} "
-                "here shards parameters, and the modules of a reasoner are called in parts"
-            )
-        for each in (self.prior, self.proxy, self.surrogate and self.surrogate.surrogate):
-            if each is not None:
-                each.to(self.accelerator.device)
-        self.model_accepts_loss_kwargs = False
+        return reasoner
 
     # Data
 
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["input_ids", INDEX_COLUMN, MASK_COLUMN]
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        if isinstance(eval_dataset, Dataset) and INDEX_COLUMN not in eval_dataset.column_names:
-            eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return inputs
-
     def batch(self, rows: list[dict[str, Any]]) -> TextBatch:
         """Rows of a data set as a model reads them."""
-        texts = padded_texts(rows, self.accelerator.device)
+        texts = self._texts(rows)
         counted = texts.mask if texts.counted is None else texts.mask & texts.counted
         labels = texts.ids.masked_fill(~counted, IGNORED)
         return TextBatch(texts.ids, texts.mask, labels, [row[INDEX_COLUMN] for row in rows])
 
     # Training
-
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._engine_is_checked:
-            check_wrapped(self.accelerator, model)
-            self._engine_is_checked = True
-        with self._metrics.timed_step():
-            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -288,58 +235,20 @@ class ReasonerTrainer(SurrogateStateMixin, StepGuardMixin, CheckpointMixin, Base
         return {name: values.sum() / max(len(values), 1) for name, values in by_token(output).items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._metrics:
-            averages = self._metrics.drained(self.args.gradient_accumulation_steps, "update")
-            logs = {**logs, **averages, "num_tokens": self.state.num_input_tokens_seen}
-            if not any("num_parameters" in row for row in self.state.log_history):
-                logs |= num_parameters(self.accelerator.unwrap_model(self.model))
+        if "loss" in logs and not any("num_parameters" in row for row in self.state.log_history):
+            logs = {**logs, **num_parameters(self.accelerator.unwrap_model(self.model))}
         super().log(logs, start_time)
 
     # Evaluation
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """NLL of every text after thoughts, with the same random streams every time, and without them."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        found: list[ReasonedText] = []
-        for rows in dataloader:
-            found += gather_object(self.measure(model, rows))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        by_index = {text.text_index: text for text in found}  # ranks may be padded with repeated rows
-        self.last_evaluation = [by_index[index] for index in sorted(by_index)]
-        metrics = summary(self.last_evaluation, model)
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(self.last_evaluation),
-        )
-
     def measure(self, model: ReasonerForCausalLM, rows: list[dict[str, Any]]) -> list[ReasonedText]:
-        """Think about rows of an evaluation set and score every token."""
+        """NLL of every token after thoughts, and without them."""
         with evaluating(model), self.accelerator.autocast():
             batch = self.batch(rows)
             return measured(self.passed(model, batch, _EVALUATION_STEP), batch.indices)
 
-    # Saving
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self._aside is None:
-            self.create_model_card((self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
-
-    def create_model_card(self, model_name: str | None = None, *others: Any, **settings: Any) -> None:
-        super().create_model_card(model_name, *others, **settings)
-        if self.is_world_process_zero():
-            name = model_name or Path(self.args.output_dir).name
-            base = self.accelerator.unwrap_model(self.model).config._name_or_path
-            finish_text_card(Path(self.args.output_dir) / "README.md", name, base, "softrl.models.reasoner")
+    def summarised(self, model: ReasonerForCausalLM) -> dict[str, float]:
+        return summary(self.last_evaluation, model)
 
 
 def surrogate_inputs(output: ReasonerOutput) -> tuple[Tensor, Tensor]:

@@ -3,46 +3,35 @@
 The maths is in `objectives.soft_ar`, the model in `contexts.soft_ar`. Left out: engines that shard parameters.
 """
 
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 
 from softrl.contexts.soft_ar import NO_MEMORY, SoftARForCausalLM
-from softrl.data.texts import INDEX_COLUMN, MASK_COLUMN, padded_texts, text_rows
+from softrl.data.texts import INDEX_COLUMN
 from softrl.models.policy import Policy, check_policy
 from softrl.objectives.soft_ar import TokenScores, text_hidden, token_scores
 from softrl.tokens.noise import SequenceRandom, sequence_seed
-from softrl.trainers._bridge import BaseTrainer, ForwardRedirection
-from softrl.trainers.batches import as_rows
-from softrl.trainers.checkpoints import CheckpointMixin
-from softrl.trainers.engines import check_engine, check_wrapped, shards_parameters
-from softrl.trainers.loading import load_model, load_tokenizer, model_name
-from softrl.trainers.metrics import MetricLog
-from softrl.trainers.model_card import CITATION
+from softrl.trainers.loading import load_model, model_name
+from softrl.trainers.plain_text_trainer import PlainTextTrainer
 from softrl.trainers.soft_ar_config import SoftARTrainingConfig
 from softrl.trainers.soft_ar_evaluation import ReadText, read_texts, summary
-from softrl.trainers.step_guard import StepGuardMixin
 from softrl.types import Texts
 
 _MEMORY = 1  # of a text's random streams: 0 says which tokens are soft
 
 
-class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
+class SoftARTrainer(PlainTextTrainer):
     """
     Trainer of softAR models on plain text: hard tokens only, or with the model's own soft ones in every window.
 
     What it saves loads by transformers' Auto classes and is a policy for the trainers of rewards. With respect to
-    `~transformers.Trainer` it overrides `_set_signature_columns_if_needed`, `_prepare_inputs`, `training_step` (timing
-    only), `compute_loss`, `get_eval_dataloader`, `evaluation_loop`, `log`, `save_model` (model card), and those of the
-    mixins.
+    `~transformers.Trainer` it overrides `compute_loss`, `get_eval_dataloader` (the order), and what
+    [`PlainTextTrainer`] lists.
 
     Example:
 
@@ -73,10 +62,10 @@ class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
             Must be `None`: a model that learns to read memory is trained whole.
     """
 
-    loss_is_scaled_for_ga = False  # the loss is a mean over this micro-batch
     _tag_names = ("trl", "softrl", "soft-ar")
     _name = "SoftAR"
-    _paper: ClassVar[dict[str, str]] = {"citation": CITATION}
+    _model_module = "softrl.contexts.soft_ar"
+    _why_whole = "a head that reads the embedding finds it outside of its module's call"
 
     def __init__(
         self,
@@ -97,61 +86,27 @@ class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
                 "SoftARTrainer trains a model whole, since its memory slots are new to every layer: leave out "
                 "quantization_config and peft_config (use_peft, load_in_4bit); adapters go with the reward trainers"
             )
-        tokenizer = processing_class
-        if tokenizer is None and model_name(model):  # rows of token ids need none
-            tokenizer = load_tokenizer(model, args)
-        self._rows = partial(text_rows, tokenizer=tokenizer, max_length=args.max_length, needs_anchors=False)
-        if train_dataset is not None:
-            train_dataset = self._rows(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._rows(eval_dataset, "eval_dataset")
-        set_seed(args.seed)  # what a window adds is initialised at random
+        others = (train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        super().__init__(model, args, *others)
+
+    def make_model(
+        self,
+        model: "str | PreTrainedModel",
+        args: SoftARTrainingConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> SoftARForCausalLM:
         windowed = soft_ar_model(model, args)
         check_policy(Policy(windowed))
-        self._redirect = ForwardRedirection()
-        self._metrics = MetricLog()
-        self._engine_is_checked = False
-        self.last_evaluation: list[ReadText] = []
-        super().__init__(
-            model=windowed,
-            args=args,
-            data_collator=as_rows,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        check_engine(self.accelerator)
-        if shards_parameters(self.accelerator):
-            raise ValueError(
-                f"SoftARTrainer runs alone, under DDP and under ZeRO-1 and 2; {self.accelerator.distributed_type} "
-                "here shards parameters, and a head that reads the embedding finds it outside of its module's call"
-            )
-        self.model_accepts_loss_kwargs = False
+        return windowed
 
     # Data
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["input_ids", INDEX_COLUMN, MASK_COLUMN]
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Texts in an order that mixes the works they are from: each gets the memory of another text of its batch."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
-        if isinstance(dataset, Dataset) and INDEX_COLUMN not in dataset.column_names:
-            dataset = self._rows(dataset, "eval_dataset")
         return super().get_eval_dataloader(dataset.shuffle(seed=0) if isinstance(dataset, Dataset) else dataset)
-
-    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return inputs
-
-    def _texts(self, rows: list[dict[str, Any]]) -> Texts:
-        return padded_texts(rows, self.accelerator.device)
 
     def _uniform(self, rows: list[dict[str, Any]], count: int, *stream: int) -> Tensor:
         """Uniform numbers [N, count] keyed by seed, step and text."""
@@ -160,13 +115,6 @@ class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         return SequenceRandom(seeds, self.accelerator.device).uniform(count)
 
     # Training
-
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._engine_is_checked:
-            check_wrapped(self.accelerator, model)
-            self._engine_is_checked = True
-        with self._metrics.timed_step():
-            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -211,44 +159,15 @@ class SoftARTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
             del logged["squared_error"]
         self._metrics.add(logged)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._metrics:
-            averages = self._metrics.drained(self.args.gradient_accumulation_steps, "update")
-            logs = {**logs, **averages, "num_tokens": self.state.num_input_tokens_seen}
-        super().log(logs, start_time)
-
     # Evaluation
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def measure(self, model: SoftARForCausalLM, rows: list[dict[str, Any]]) -> list[ReadText]:
         """Every text with its own memory, with none, and with another text's; see `soft_ar_evaluation`."""
-        model, found = self.accelerator.unwrap_model(self.model), []
-        for rows in dataloader:
-            with self.accelerator.autocast():
-                found += gather_object(read_texts(model, self._texts(rows), [row[INDEX_COLUMN] for row in rows]))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        by_index = {text.text_index: text for text in found}  # ranks may be padded with repeated rows
-        self.last_evaluation = [by_index[index] for index in sorted(by_index)]
-        metrics = summary(self.last_evaluation, model) | num_parameters(model)
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(self.last_evaluation),
-        )
+        with self.accelerator.autocast():
+            return read_texts(model, self._texts(rows), [row[INDEX_COLUMN] for row in rows])
 
-    # Saving
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self._aside is None:
-            self.create_model_card((self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+    def summarised(self, model: SoftARForCausalLM) -> dict[str, float]:
+        return summary(self.last_evaluation, model) | num_parameters(model)
 
 
 def soft_ar_model(model: "str | PreTrainedModel", args: SoftARTrainingConfig) -> SoftARForCausalLM:
