@@ -64,7 +64,7 @@ class BasisAware:
     directions: Directions
     epsilon: float
     rule: Literal["tau", "eta"] = "eta"
-    max_candidates: int | None = 256
+    max_candidates: int | None = 64
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ def basis_aware(
     rule: Literal["tau", "eta"] = "eta",
     num_directions: int = 20,
     representation: Representation = "before_norm",
-    max_candidates: int | None = 256,
+    max_candidates: int | None = 64,
 ) -> BasisAware:
     """Basis-aware truncation of a model, with directions from its output embedding.
 

@@ -96,11 +96,15 @@ def pinball(a: Float[Tensor, "*batch"], tau: Float[Tensor, "*tau"]) -> Float[Ten
     return tau * a + (-a).clamp(min=0.0)
 
 
-def solve_dual(problem: DualProblem, max_iterations: int = 60, tolerance: float = 1e-10) -> DualSolution:
+def solve_dual(
+    problem: DualProblem, margin: float = 1.0, max_iterations: int = 60, tolerance: float = 1e-10
+) -> DualSolution:
     """Bounds on every candidate's threshold, as tight as its level needs.
 
     Args:
         problem: floating point of 64 bits, unless the device has none.
+        margin: the upper bound has passed a level once it is below this share of it; what the columns leave out may
+            use up the rest.
         max_iterations: of the interior-point method; each is one factorisation of (n, n) a candidate.
         tolerance: both bounds have met once their distance is below this share of τ.
     """
@@ -112,7 +116,7 @@ def solve_dual(problem: DualProblem, max_iterations: int = 60, tolerance: float 
     for _ in range(max_iterations):
         part = _part(problem, rows)
         residual = _residual(part, iterate)
-        solution, going_on = _recorded(solution, part, iterate, residual, rows, tolerance)
+        solution, going_on = _recorded(solution, part, iterate, residual, rows, margin, tolerance)
         if not going_on.any():
             break
         rows, iterate, residual = _compressed(going_on, rows, iterate, residual)
@@ -175,6 +179,7 @@ def _recorded(
     iterate: _Iterate,
     residual: Float[Tensor, "N c n"],
     rows: Int[Tensor, "N c"],
+    margin: float,
     tolerance: float,
 ) -> tuple[DualSolution, Bool[Tensor, "N c"]]:
     """The bounds of this iterate where they are new, and which candidates go on."""
@@ -185,7 +190,7 @@ def _recorded(
     lower = iterate.t - (residual * y).sum(-1).abs()
     has_failed = ~(torch.isfinite(upper) & torch.isfinite(lower))
     met = upper - lower <= tolerance * problem.tau[:, None]
-    finished = ((upper < problem.levels) | (lower >= problem.levels) | met) & ~has_failed
+    finished = ((upper < margin * problem.levels) | (lower >= problem.levels) | met) & ~has_failed
     is_open = ~_rows(solution.finished, rows) & ~has_failed
 
     def updated(old: Tensor, new: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from softrl.contexts.basis_dual import DualProblem, pinball, solve_dual
 
 _FIRST_SIZE = 512  # tokens that are variables at first; they double from round to round, up to all of them
+_MARGIN = 0.9  # of a level: how far below it a bound on some tokens should be before the others are added
 _GROUP_BITS = 6  # the other tokens share one w in each of 2^6 groups
 _SWEEP_NUMBERS = 1 << 20  # numbers that a sweep over the vocabulary holds at once
 _ROUNDING = 1e-12  # relative error of a float64 bound, generously
@@ -219,7 +220,9 @@ def _first_round(
     asked = torch.where(open_ones.gather(1, where), levels.gather(1, where), torch.inf)
     groups = _orthants(programs.directions).expand(programs.probs.shape)
     columns, probs = _grouped(programs, scaling, first, groups, 1 << _GROUP_BITS)
-    solution = solve_dual(DualProblem(columns, probs, targets, torch.zeros_like(targets), asked, programs.tau))
+    solution = solve_dual(
+        DualProblem(columns, probs, targets, torch.zeros_like(targets), asked, programs.tau), _MARGIN
+    )
     contexts, positions = torch.nonzero(open_ones.gather(1, where), as_tuple=True)
     places = where[contexts, positions]
     at = (contexts, positions)
@@ -250,7 +253,7 @@ def _next_round(
             problem = _refined_problem(
                 own, own_scaling, steepness, size, tokens[rows, columns], levels[rows, columns], y
             )
-            solution = solve_dual(problem)
+            solution = solve_dual(problem, _MARGIN)
             found = _improved(
                 programs, scaling, tokens, found, rows, columns,
                 solution.lower[:, 0], solution.upper[:, 0], solution.y[:, 0], levels,
