@@ -9,7 +9,8 @@ from jaxtyping import install_import_hook
 
 # Not the trainers: the host annotates loosely (its own `logging_steps: float` is given integers throughout).
 CORE_ROOMS = [
-    "types", "masking", "data", "tokens", "models", "rollouts", "rewards", "objectives", "estimators", "generation",
+    "types", "masking", "data", "tokens", "models", "contexts", "rollouts", "rewards", "objectives", "estimators",
+    "generation",
 ]  # fmt: skip
 install_import_hook([f"softrl.{room}" for room in CORE_ROOMS], "beartype.beartype")
 
