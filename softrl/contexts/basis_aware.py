@@ -11,7 +11,6 @@ Source: Finlayson et al. (2024), arXiv:2310.01693; BA-η's τ: Hewitt et al. (20
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,8 +21,6 @@ from softrl.contexts.basis_models import check_basis_model
 from softrl.contexts.basis_thresholds import Programs, Verdicts, verdicts
 from softrl.contexts.final_norm import find_final_norm
 from softrl.models.policy import Policy
-
-Representation = Literal["before_norm", "output"]
 
 
 @dataclass
@@ -63,7 +60,7 @@ class BasisAware:
 
     directions: Directions
     epsilon: float
-    rule: Literal["tau", "eta"] = "eta"
+    rule: str = "eta"
     max_candidates: int | None = 64
     counts: Counts = field(default_factory=Counts)
 
@@ -177,9 +174,9 @@ class BasisAware:
 def basis_aware(
     policy: Policy,
     epsilon: float,
-    rule: Literal["tau", "eta"] = "eta",
+    rule: str = "eta",
     num_directions: int = 20,
-    representation: Representation = "before_norm",
+    representation: str = "before_norm",
     max_candidates: int | None = 64,
 ) -> BasisAware:
     """Basis-aware truncation of a model, with directions from its output embedding.

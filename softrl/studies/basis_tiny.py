@@ -112,7 +112,9 @@ def trained(model: TinyModel, num_joint: int = 400, num_newton: int = 100) -> Fl
     optimiser.step(closure)
     inputs = model.inputs.detach()
     for _ in range(num_newton):
-        inputs = _newton_step(model, inputs)
+        inputs, gradients = _newton_step(model, inputs)
+        if (gradients < 0.01 * _STATIONARY).all():
+            break
     model.inputs.data.copy_(inputs)
     return _each(torch.func.grad(_cross_entropy(model)), model, inputs).abs().amax(-1)
 
@@ -125,8 +127,8 @@ def _each(function: Callable[..., Tensor], model: TinyModel, inputs: Float[Tenso
     return torch.func.vmap(function)(inputs, model.true_probs).detach()
 
 
-def _newton_step(model: TinyModel, inputs: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-    """A step down along every curved direction, halved until the loss is not higher."""
+def _newton_step(model: TinyModel, inputs: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N"]]:
+    """A step down along every curved direction, halved until the loss is not higher; and the largest derivatives."""
     loss = _cross_entropy(model)
     gradient = _each(torch.func.grad(loss), model, inputs)
     curvatures, axes = torch.linalg.eigh(_each(torch.func.hessian(loss), model, inputs))
@@ -137,8 +139,10 @@ def _newton_step(model: TinyModel, inputs: Float[Tensor, "N D"]) -> Float[Tensor
     before, share = _each(loss, model, inputs), torch.ones(len(inputs), 1, dtype=inputs.dtype)
     for _ in range(30):
         is_higher = _each(loss, model, inputs + share * step) > before + 1e-15
+        if not is_higher.any():
+            break
         share = torch.where(is_higher[:, None], share / 2, share)
-    return inputs + share * step
+    return inputs + share * step, gradient.abs().amax(-1)
 
 
 @dataclass(frozen=True)

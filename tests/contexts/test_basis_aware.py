@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import V, gemma3, gpt2, gru, llama
 from torch import nn
 
-from helpers import V, gemma3, gpt2, gru, llama
 from softrl.contexts.basis_aware import BasisAware, basis_aware
 from softrl.contexts.basis_certificate import proves
 from softrl.contexts.basis_directions import svd_directions
@@ -117,9 +117,9 @@ def test_before_the_norm_accepts_no_more_than_all_of_w():
 
 
 def test_models_that_the_theorem_is_not_about():
-    with pytest.raises(ValueError, match="final_logit_softcapping=3.0"):
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=3\.0"):
         basis_aware(Policy(gemma3()), 0.01, num_directions=4)
-    with pytest.raises(ValueError, match="temperature 1, got 0.7"):
+    with pytest.raises(ValueError, match=r"temperature 1, got 0\.7"):
         basis_aware(Policy(llama(), temperature=0.7), 0.01, num_directions=4)
     model = llama(tied=False)
     model.set_output_embeddings(nn.Linear(16, V, bias=True).double())

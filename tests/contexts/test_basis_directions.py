@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers import gpt2, gru, llama, mamba, with_float64_norms
 from torch import nn
 
-from helpers import gpt2, gru, llama, mamba, with_float64_norms
 from softrl.contexts.basis_directions import svd_directions, weighted_directions
 from softrl.contexts.final_norm import FinalNorm, find_final_norm
 from softrl.models.policy import Policy

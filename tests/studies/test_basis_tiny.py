@@ -8,9 +8,9 @@ from softrl.studies.basis_tiny import TinyModel, smallest_tau, sparse_distributi
 
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 def test_only_the_constraints_before_the_norm_are_sound(norm):
-    by_name = {result.constraints: result for result in tiny_check(norm, num_contexts=30, seed=1)}
+    by_name = {result.constraints: result for result in tiny_check(norm, num_contexts=24, seed=1)}
     output, before, joint = (by_name[name] for name in ("output", "before_norm", "joint"))
-    assert output.num_contexts >= 25
+    assert output.num_contexts >= 20
     assert all(by_name[name].false == 0 for name in ("before_norm", "input", "joint"))
     assert before.accepted > before.by_threshold + 10  # more than thresholds, all of it true
     if norm == "none":
@@ -34,4 +34,4 @@ def test_training_ends_where_the_theorem_begins():
         assert (bare.T @ (true_probs[context] - probs[context])).abs().max() > 1e-3
     tau = smallest_tau(true_probs, probs)
     assert (true_probs <= probs / (1 - tau[:, None])).all()
-    assert (true_probs > probs / (1 - tau[:, None]) * (1 - 1e-5)).any(-1).all()
+    assert (true_probs > probs / (1 - tau[:, None]) * (1 - 1e-3)).any(-1).all()
