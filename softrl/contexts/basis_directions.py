@@ -55,8 +55,10 @@ class Directions:
     def to(self, device: torch.device) -> "Directions":
         """The same on another device."""
         bias = None if self.bias_logits is None else self.bias_logits.to(device)
-        parts = (each.to(device) for each in (self.columns, self.map, self.mean, self.strengths))
-        return Directions(*parts, bias, self.before_norm)
+        return Directions(
+            self.columns.to(device), self.map.to(device), self.mean.to(device), self.strengths.to(device), bias,
+            self.before_norm,
+        )  # fmt: skip
 
 
 def svd_directions(

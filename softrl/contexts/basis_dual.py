@@ -164,7 +164,7 @@ def _start(problem: DualProblem) -> _Iterate:
     y = torch.zeros_like(problem.targets)
     y[..., -1] = 1.0 / problem.targets[..., -1]
     t = torch.zeros_like(problem.levels)
-    return _Iterate(*(each.expand(shape) for each in (x, mu / x, mu / (1 - x))), t, y)
+    return _Iterate(x.expand(shape), (mu / x).expand(shape), (mu / (1 - x)).expand(shape), t, y)
 
 
 def _residual(problem: DualProblem, iterate: _Iterate) -> Float[Tensor, "N C n"]:
