@@ -12,7 +12,11 @@ import numpy.typing as npt
 from scipy.optimize import linprog
 
 Array = npt.NDArray[np.float64]
-_OPTIONS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+
+
+def _options(tolerance: float, time_limit_seconds: float | None) -> dict[str, float]:
+    limit = {} if time_limit_seconds is None else {"time_limit": time_limit_seconds}
+    return {"primal_feasibility_tolerance": tolerance, "dual_feasibility_tolerance": tolerance, **limit}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,14 @@ class ReferenceThreshold:
     y: Array
 
 
-def reference_threshold(directions: Array, probs: Array, token: int, tau: float) -> ReferenceThreshold:
+def reference_threshold(
+    directions: Array,
+    probs: Array,
+    token: int,
+    tau: float,
+    tolerance: float = 1e-10,
+    time_limit_seconds: float | None = None,
+) -> ReferenceThreshold:
     """`max_t { t : t b_i = Σ_j p̂_j w_j b_j, −(1−τ) <= w_j <= τ }` with `b_j = (directions_j, 1)`.
 
     Args:
@@ -36,6 +47,8 @@ def reference_threshold(directions: Array, probs: Array, token: int, tau: float)
         probs: p̂, shape (V,).
         token: i.
         tau: τ in (0, 1).
+        tolerance: HiGHS's, absolute, of quantities in units of τ.
+        time_limit_seconds: after which it counts as failed.
     """
     columns, shift, scale = _scaled(directions, probs)
     # x = w + 1 − τ; t in units of τ, and the equations divided by τ
@@ -45,7 +58,14 @@ def reference_threshold(directions: Array, probs: Array, token: int, tau: float)
     objective = np.zeros(len(probs) + 1)
     objective[-1] = -1.0
     bounds = np.array([(0.0, 1.0)] * len(probs) + [(0.0, 1.0)])
-    found = linprog(objective, A_eq=equations, b_eq=right, bounds=bounds, method="highs", options=_OPTIONS)
+    found = linprog(
+        objective,
+        A_eq=equations,
+        b_eq=right,
+        bounds=bounds,
+        method="highs",
+        options=_options(tolerance, time_limit_seconds),
+    )
     if found.status != 0:
         return ReferenceThreshold(float("nan"), np.zeros(columns.shape[1]))
     y = found.eqlin.marginals
@@ -84,5 +104,7 @@ def accepts_by_feasibility(
     upper = upper.copy()
     upper[token] = 0.0
     limits = np.stack([np.zeros_like(upper), upper], 1)
-    found = linprog(np.zeros(len(probs)), A_eq=weighted.T, b_eq=right, bounds=limits, method="highs", options=_OPTIONS)
+    found = linprog(
+        np.zeros(len(probs)), A_eq=weighted.T, b_eq=right, bounds=limits, method="highs", options=_options(1e-10, None)
+    )
     return {0: False, 2: True}.get(found.status)
