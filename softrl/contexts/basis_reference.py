@@ -1,7 +1,8 @@
 """Basis-aware truncation by HiGHS, through scipy: the reference that our own solver is compared with.
 
-One token and one linear program at a time, in float64 on the CPU. Programs are stated in shares `s_j = p_j / p̂_j`,
-and thresholds in units of τ, because HiGHS's tolerances are absolute and probabilities are not.
+One token and one linear program at a time, in float64 on the CPU. Probabilities are stated in units of τ, and the
+directions centred and scaled, because HiGHS's tolerances are absolute: columns in units of p̂_j instead made it up to
+twenty times slower on a real vocabulary.
 """
 
 from dataclasses import dataclass
@@ -51,13 +52,13 @@ def reference_threshold(
         time_limit_seconds: after which it counts as failed.
     """
     columns, shift, scale = _scaled(directions, probs)
-    # x = w + 1 − τ; t in units of τ, and the equations divided by τ
-    weighted = columns * (probs / tau)[:, None]
-    equations = np.concatenate([weighted, -columns[token][None]]).T
-    right = (1 - tau) * weighted.sum(0)
+    # q_j = p̂_j (w_j + 1 − τ) / τ, and t in units of τ
+    equations = np.concatenate([columns, -columns[token][None]]).T
+    right = (1 - tau) / tau * (probs @ columns)
     objective = np.zeros(len(probs) + 1)
     objective[-1] = -1.0
-    bounds = np.array([(0.0, 1.0)] * len(probs) + [(0.0, 1.0)])
+    upper = np.append(probs / tau, 1.0)
+    bounds = np.stack([np.zeros_like(upper), upper], 1)
     found = linprog(
         objective,
         A_eq=equations,
@@ -93,18 +94,12 @@ def accepts_by_feasibility(
     Source: Finlayson et al. (2024), arXiv:2310.01693, section 5; the notes' program: softrl seeds/002.
     """
     columns, _, _ = _scaled(directions, probs)
-    # Shares p_j / p̂_j of the published program; of the notes', p_j itself, since a token may get all.
-    if bounds == "published":
-        assert tau is not None
-        weighted, upper = columns * (probs / tau)[:, None], np.full(len(probs), 1 / (1 - tau))
-        right = weighted.sum(0)
-    else:
-        weighted, upper = columns, np.ones(len(probs))
-        right = probs @ columns
-    upper = upper.copy()
+    unit = 1.0 if tau is None else tau
+    upper = np.full(len(probs), 1.0) if bounds == "notes" or tau is None else probs / (1 - tau)
+    upper, right = upper / unit, probs @ columns / unit
     upper[token] = 0.0
     limits = np.stack([np.zeros_like(upper), upper], 1)
     found = linprog(
-        np.zeros(len(probs)), A_eq=weighted.T, b_eq=right, bounds=limits, method="highs", options=_options(1e-10, None)
+        np.zeros(len(probs)), A_eq=columns.T, b_eq=right, bounds=limits, method="highs", options=_options(1e-10, None)
     )
     return {0: False, 2: True}.get(found.status)
