@@ -2,13 +2,13 @@
 
 With columns `b_j` (projected rows of W and a 1, so n numbers a token) token i's threshold is
 
-    τ_i = min_y { Σ_j p̂_j (τ a_j⁺ + (1−τ) a_j⁻) + gᵀy : a_j = b_jᵀy, b_iᵀy = 1 }
-        = max_t { t : t b_i = Σ_j p̂_j w_j b_j + g, −(1−τ) <= w_j <= τ },
+    τ_i = min_y { Σ_j p̂_j (τ a_j⁺ + (1−τ) a_j⁻) : a_j = b_jᵀy, b_iᵀy = 1 }
+        = max_t { t : t b_i = Σ_j p̂_j w_j b_j, −(1−τ) <= w_j <= τ },
 
-a quantile regression. S of the tokens are variables; g is what the others contribute, their w being fixed. One
-iteration of Mehrotra's predictor-corrector costs O(S n²) a candidate; its two bounds hold at every iteration, so most
-candidates are decided long before convergence. Complementarity is measured in units of a, with barrier weights
-`max(p̂_j, 3/S)`: weights of p̂ alone let tokens of negligible probability block the steps.
+a quantile regression. The S columns are tokens, or groups of tokens that share one w. One iteration of Mehrotra's
+predictor-corrector costs O(S n²) a candidate; its two bounds hold at every iteration, so most candidates are decided
+long before convergence. Complementarity is measured in units of a, with barrier weights `max(p̂_j, 3/S)`: weights of p̂
+alone let tokens of negligible probability block the steps.
 
 Left out: which tokens are variables, and the whole vocabulary's bound; see `basis_thresholds.py`.
 Source: Portnoy and Koenker (1997), The Gaussian hare and the Laplacian tortoise; Mehrotra (1992).
@@ -31,7 +31,6 @@ class DualProblem:
         columns: b_j, the last entry of which is 1 (or the same everywhere), well scaled, shape (N, S, n).
         probs: p̂_j, shape (N, S).
         targets: b_i of the candidates, shape (N, C, n).
-        fixed: g, shape (N, C, n).
         levels: p̂_i: a candidate is finished once a bound is on one side of it; NaN asks for the threshold itself.
         tau: τ, shape (N,).
     """
@@ -39,7 +38,6 @@ class DualProblem:
     columns: Float[Tensor, "N S n"]
     probs: Float[Tensor, "N S"]
     targets: Float[Tensor, "N C n"]
-    fixed: Float[Tensor, "N C n"]
     levels: Float[Tensor, "N C"]
     tau: Float[Tensor, "N"]
 
@@ -125,7 +123,7 @@ def solve_dual(
 
 
 def _part(problem: DualProblem, rows: Int[Tensor, "N c"]) -> DualProblem:
-    chosen = {name: _rows(getattr(problem, name), rows) for name in ("targets", "fixed", "levels")}
+    chosen = {name: _rows(getattr(problem, name), rows) for name in ("targets", "levels")}
     return DualProblem(problem.columns, problem.probs, **chosen, tau=problem.tau)
 
 
@@ -168,9 +166,9 @@ def _start(problem: DualProblem) -> _Iterate:
 
 
 def _residual(problem: DualProblem, iterate: _Iterate) -> Float[Tensor, "N C n"]:
-    """`t b_i − g − Σ_j p̂_j w_j b_j`, zero where the iterate is primal feasible."""
+    """`t b_i − Σ_j p̂_j w_j b_j`, zero where the iterate is primal feasible."""
     weights = (iterate.x - (1 - problem.tau[:, None, None])) * problem.probs[:, None]
-    return iterate.t[..., None] * problem.targets - problem.fixed - weights @ problem.columns
+    return iterate.t[..., None] * problem.targets - weights @ problem.columns
 
 
 def _recorded(
@@ -186,7 +184,7 @@ def _recorded(
     scale = (problem.targets * iterate.y).sum(-1)
     y = iterate.y / scale[..., None]
     a = y @ problem.columns.mT
-    upper = (problem.probs[:, None] * pinball(a, problem.tau[:, None, None])).sum(-1) + (problem.fixed * y).sum(-1)
+    upper = (problem.probs[:, None] * pinball(a, problem.tau[:, None, None])).sum(-1)
     lower = iterate.t - (residual * y).sum(-1).abs()
     has_failed = ~(torch.isfinite(upper) & torch.isfinite(lower))
     met = upper - lower <= tolerance * problem.tau[:, None]

@@ -2,12 +2,13 @@
 
 Every acceptance comes with a y whose bound has been evaluated over all V tokens in O(Vk); every other end is a
 rejection: a primal solution that contains the token, or a solver that gave up, which is counted. The program is first
-solved with the likeliest tokens as variables, the others at w = 0, and then, for what that leaves undecided, with the
-tokens whose sign is in doubt as variables, the others at the bound of their sign. Either way its primal value is a
-lower bound for the whole vocabulary, and y is a proof or is not.
+solved with the likeliest tokens as variables, the others in groups that share one, and then, for what that leaves
+undecided, with the tokens whose sign is in doubt as variables, the others grouped by sign. Either way its primal value
+is a lower bound for the whole vocabulary, and y is a proof or is not.
 
 Left out: what the directions are (`basis_directions.py`), and how τ is chosen (`basis_aware.py`).
-Source: Finlayson et al. (2024), arXiv:2310.01693; fixing signs: Portnoy and Koenker (1997), "globs"; the rest ours.
+Source: Finlayson et al. (2024), arXiv:2310.01693; groups by sign: after the "globs" of
+Portnoy and Koenker (1997); the rest ours.
 """
 
 from dataclasses import dataclass, replace
@@ -220,9 +221,7 @@ def _first_round(
     asked = torch.where(open_ones.gather(1, where), levels.gather(1, where), torch.inf)
     groups = _orthants(programs.directions).expand(programs.probs.shape)
     columns, probs = _grouped(programs, scaling, first, groups, 1 << _GROUP_BITS)
-    solution = solve_dual(
-        DualProblem(columns, probs, targets, torch.zeros_like(targets), asked, programs.tau), _MARGIN
-    )
+    solution = solve_dual(DualProblem(columns, probs, targets, asked, programs.tau), _MARGIN)
     contexts, positions = torch.nonzero(open_ones.gather(1, where), as_tuple=True)
     places = where[contexts, positions]
     at = (contexts, positions)
@@ -321,7 +320,7 @@ def _refined_problem(
     groups = 2 * _orthants(programs.directions).expand(values.shape) + (values > 0).long()
     columns, probs = _grouped(programs, scaling, variables, groups, 2 << _GROUP_BITS)
     targets = scaling.columns(programs.of_tokens(tokens[:, None]))
-    return DualProblem(columns, probs, targets, torch.zeros_like(targets), levels[:, None], programs.tau)
+    return DualProblem(columns, probs, targets, levels[:, None], programs.tau)
 
 
 def _steepness(programs: Programs, scaling: _Scaling, context: Int[Tensor, ""]) -> Float[Tensor, "V"]:
