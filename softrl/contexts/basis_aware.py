@@ -44,7 +44,7 @@ class Counts:
     greedy: int = 0
 
 
-@dataclass
+@dataclass(eq=False)  # an identity: settings that hold one can be compared and hashed
 class BasisAware:
     """BA-τ and BA-η.
 
