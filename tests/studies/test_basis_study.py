@@ -25,7 +25,7 @@ def test_real_programs_end_as_highs_says(tmp_path, capsys):
         level, tau, ours, highs, certified = (
             float(row[name]) for name in ("level", "tau", "ours", "highs", "certified")
         )
-        assert abs(ours - highs) < 1e-6 * tau
+        assert abs(ours - highs) < 1e-5 * tau  # HiGHS stops at 1e-7, per equation
         assert (row["accepted"] == "True") == (highs < level) == (certified < level)
     cost = _rows(tmp_path / "cost.csv")[0]
     assert int(cost["tokens"]) == 24
