@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     )
     _add_beams(studies.add_parser("beams", help="searches with hard and soft tokens at equal forward passes"))
     _add_soft_decoding(studies.add_parser("soft-decoding", help="soft against hard decoding, before and after tuning"))
+    _add_basis(studies.add_parser("basis-aware", help="truncation by proof: soundness, cost, what it accepts"))
     given = parser.parse_args(argv)
 
     from softrl.assets import AssetError
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     studies_by_name = {
         "entropy-bound": _entropy_bound, "overlap-bias": _overlap_bias, "beams": _beams,
         "soft-decoding": _soft_decoding, "learned-settings": _learned_settings,
-        "analogies": _analogies,
+        "analogies": _analogies, "basis-aware": _basis_aware,
     }  # fmt: skip
     try:
         return studies_by_name[given.study](given)
@@ -64,6 +65,32 @@ def _add_soft_decoding(decoding: argparse.ArgumentParser) -> None:
     decoding.add_argument("--tunings", nargs="+", help="run these only")
     decoding.add_argument("--seeds", nargs="+", type=int, help="run these only")
     decoding.add_argument("--only_report", action="store_true", help="run nothing; report what has been run")
+
+
+def _add_basis(basis: argparse.ArgumentParser) -> None:
+    basis.add_argument("--parts", nargs="+", default=["tiny", "cost", "rules"], help="of these (all)")
+    basis.add_argument("--model", help="model name or folder (smollm2-135m)")
+    basis.add_argument("--epsilon", type=float, help="of eta-sampling's threshold (0.003)")
+    basis.add_argument("--rule", help="tau or eta (eta)")
+    basis.add_argument("--num_directions", type=int, help="k (20)")
+    basis.add_argument("--representation", help="before_norm or output (before_norm)")
+    basis.add_argument("--texts", type=int, help="generated, and read, texts (16)")
+    basis.add_argument("--tokens", type=int, help="of each (64)")
+    basis.add_argument("--programs", type=int, help="that HiGHS solves too (100)")
+    basis.add_argument("--time_limit_seconds", type=float, help="of HiGHS, a program (60)")
+    basis.add_argument("--seeds", type=int, help="tiny models of each norm (3)")
+    basis.add_argument("--output_dir", type=Path, default=Path("runs/basis-aware"), help="CSVs (runs/basis-aware)")
+
+
+def _basis_aware(given: argparse.Namespace) -> int:
+    from softrl.studies.basis_aware import Settings, run
+
+    values = {name: value for name, value in vars(given).items() if name not in ("study", "parts", "output_dir")}
+    settings = Settings(**{name: value for name, value in values.items() if value is not None})
+    for line in run(settings, given.parts, given.output_dir):
+        print(line)
+    print(f"Written to {given.output_dir}.")
+    return 0
 
 
 def _add_beams(beams: argparse.ArgumentParser) -> None:

@@ -104,6 +104,9 @@ def soft_generate(
         policy = _corrected(policy, decoding)
     num_kept = max(num_recorded, decoding.num_kept)
     _check_vocabulary(num_kept, policy.vocab_size)
+    for phase in (decoding.thinking, decoding.answering):
+        if phase.relaxation is not None:
+            phase.relaxation.truncation.check_temperature(policy.temperature * phase.temperature)
     indices = list(range(len(prompts.ids))) if prompt_indices is None else prompt_indices
     random = SequenceRandom.keyed(seed, 0, indices, num_samples, prompts.ids.device)
     check_rollout(policy, prompts, max_new_tokens, num_samples, random)

@@ -31,8 +31,8 @@ def hard_rollout(
     Args:
         policy: the model and its sampling temperature.
         prompts: B left-padded prompts.
-        truncation: its nucleus rules (top_p, min_p) define the sampler; `top_k` is a soft token's support and is
-            not applied here.
+        truncation: its nucleus rules (top_p, min_p, support) define the sampler; `top_k` is a soft token's own number
+            of ids and is not applied here.
         random: one stream a sequence, N = B * G.
         num_steps: T, in tokens.
         num_samples: G.
@@ -44,6 +44,7 @@ def hard_rollout(
         ValueError: as `soft_rollout`.
     """
     check_rollout(policy, prompts, num_steps, num_samples, random)
+    truncation.check_temperature(policy.temperature)
     tokens: list[Int[Tensor, "N"]] = []
     with evaluating(policy.model):
         hidden, state = policy.begin(prompts, num_samples, capacity=num_steps)

@@ -84,6 +84,7 @@ def soft_rollout(
         ValueError: K larger than V, empty prompts, padding on the right, or a total length beyond the context.
     """
     relaxation.truncation.check_vocabulary(policy.vocab_size)
+    relaxation.truncation.check_temperature(policy.temperature)
     check_rollout(policy, prompts, num_steps, num_samples, random)
     stopping_ids = eos_ids if soft_stopping else ()
     supports: list[Support] = []

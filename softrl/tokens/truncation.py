@@ -6,12 +6,21 @@ rules have no gradient in their own numbers; `SmoothTruncation` has, inside the 
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softrl.tokens.temperature import Setting, check_setting, number_of
+
+
+@runtime_checkable
+class SupportRule(Protocol):
+    """A further rule, as `softrl.contexts.basis_aware.BasisAware` is: it judges the model's own probabilities."""
+
+    def mask(self, logits: Float[Tensor, "N V"]) -> Bool[Tensor, "N V"]:
+        """The tokens it leaves, at least one a row, of logits at temperature 1 up to a constant."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +31,21 @@ class Truncation:
         top_k: number of ids kept a step (K). With Gumbel noise these are the K largest *perturbed* logits.
         top_p: keep the smallest set of most probable tokens whose mass reaches `top_p` (Holtzman et al. 2020).
         min_p: keep tokens with `p_i >= min_p * max p` (Nguyen et al. 2024).
+        support: a rule in the place of these two, for sampling temperature 1 only.
     Raises:
-        ValueError: top_k < 1, top_p outside (0, 1], min_p outside [0, 1).
+        ValueError: top_k < 1, top_p outside (0, 1], min_p outside [0, 1), or a nucleus rule beside `support`.
     """
 
     top_k: int
     top_p: float = 1.0
     min_p: float = 0.0
+    support: SupportRule | None = None
 
     def __post_init__(self) -> None:
+        if self.support is not None and (self.top_p < 1.0 or self.min_p > 0.0):
+            raise ValueError(
+                f"top_p={self.top_p} and min_p={self.min_p} beside support: give it alone, top_p=1 and min_p=0"
+            )
         if self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
@@ -40,8 +55,16 @@ class Truncation:
 
     @property
     def has_nucleus(self) -> bool:
-        """Whether `top_p` or `min_p` may remove tokens."""
-        return self.top_p < 1.0 or self.min_p > 0.0
+        """Whether `top_p`, `min_p` or `support` may remove tokens."""
+        return self.top_p < 1.0 or self.min_p > 0.0 or self.support is not None
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise ValueError when `support` would judge logits that were divided by a sampling temperature."""
+        if self.support is not None and temperature != 1.0:
+            raise ValueError(
+                f"truncation by support judges the model's own probabilities, at temperature 1, and the sampling "
+                f"temperature is {temperature}; leave it at 1, and cool the kept tokens (the relaxation's temperature)"
+            )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError when K is larger than the vocabulary."""
@@ -52,10 +75,12 @@ class Truncation:
 
 
 def nucleus(logits: Float[Tensor, "N V"], truncation: Truncation) -> Bool[Tensor, "N V"]:
-    """The tokens that `top_p` and `min_p` leave, judged on the clean distribution softmax(logits).
+    """The tokens that the rules leave, judged on the clean distribution softmax(logits).
 
-    The most probable token always stays.
+    The most probable token always stays, except that `support` may leave others instead.
     """
+    if truncation.support is not None:
+        return truncation.support.mask(logits)
     kept = torch.ones_like(logits, dtype=torch.bool)
     if truncation.min_p > 0.0:
         kept &= logits >= logits.amax(-1, keepdim=True) + torch.tensor(truncation.min_p).log()
