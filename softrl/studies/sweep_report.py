@@ -36,7 +36,7 @@ def write_report(
         The settings, in the grid's order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_results(search, trials, folder / "results.csv")
+    write_results(search, trials, folder / "results.csv", (*question.measures, *question.columns))
     rows = settings(question, trials)
     if best(search, trials) is None:
         return rows

@@ -169,15 +169,17 @@ def findings(question: Question, rows: Sequence[Setting]) -> list[str]:
     return lines
 
 
-def write_results(search: Search, trials: Sequence[Trial], path: Path) -> None:
-    """A row for each trial."""
+def write_results(search: Search, trials: Sequence[Trial], path: Path, others: Iterable[str] = ()) -> None:
+    """A row for each trial: its keys, the metric, and the other numbers that are named."""
+    further = [name for name in dict.fromkeys(others) if name != search.metric]
     rows = []
     for trial in trials:
-        metric = "" if trial.metric is None else f"{trial.metric:.6g}"
+        numbers = [trial.metric, *(trial.numbers.get(name) for name in further)]
         state = "failed" if trial.metric is None else "finished"
         shown = [word(trial.values.get(key)) for key in search.keys]
-        rows.append([*shown, metric, f"{trial.seconds:.3g}", state])
-    _write_rows(path, [*search.keys, search.metric, "seconds", "state"], rows)
+        digits = ["" if value is None else f"{value:.6g}" for value in numbers]
+        rows.append([*shown, *digits, f"{trial.seconds:.3g}", state])
+    _write_rows(path, [*search.keys, search.metric, *further, "seconds", "state"], rows)
 
 
 def write_summary(question: Question, rows: Sequence[Setting], folder: Path) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from softrl.studies.sweep import Arm, Axis, Search, best, finished, sweep
+from softrl.studies.sweep import Arm, Axis, Search, Trial, best, finished, sweep
 from softrl.studies.sweep_figures import plot_search
 from softrl.studies.sweep_launch import Threads, TrialError
 from softrl.studies.sweep_recipes import with_values
@@ -210,3 +210,10 @@ def test_keys_reach_settings_and_estimators():
     for key in ("hop", "problems.1.settings.steps", "problems.0.estimators.0.hops", "question.x", "problems.0.drws"):
         with pytest.raises(ValueError, match="unknown key"):
             with_values(config, {key: 1})
+
+
+def test_other_numbers_are_columns(tmp_path):
+    trials = [Trial({"a": 1}, 2.0, 3.0, {"m": 2.0, "n": 5.0}), Trial({"a": 2}, None, 1.0)]
+    write_results(Search((Axis("a", (1, 2)),), "m"), trials, tmp_path / "results.csv", ["m", "n"])
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines == ["a,m,n,seconds,state", "1,2,5,3,finished", "2,,,1,failed"]
