@@ -3,6 +3,7 @@
 import _thread
 import csv
 import json
+import signal
 import sys
 import threading
 import time
@@ -178,9 +179,14 @@ def test_ctrl_c_lets_all_trials_save_and_the_same_command_goes_on(tmp_path, caps
         _thread.interrupt_main()
 
     waiting = threading.Thread(target=interrupt)
-    waiting.start()
-    assert command.main([*words, "--workers", "2"]) == 130
-    waiting.join()
+    # A shell starts what runs in the background with SIGINT ignored, and pytest may be part of that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        waiting.start()
+        assert command.main([*words, "--workers", "2"]) == 130
+        waiting.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "To go on: softrl sweep --config" in capsys.readouterr().err
     assert sorted(path.parent.name for path in trials.glob("*/checkpoint-1")) == ["beta=0.1", "beta=0.3"]
     assert not list(trials.glob("*/metrics.json"))
