@@ -282,14 +282,14 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     """A causal LM and its tokenizer by name, folder or adapter's folder, on a GPU where there is one.
 
     Raises:
-        ValueError: the model thinks between tokens, or there is no tokenizer.
+        ValueError: the model thinks between tokens or in latents, or there is no tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import softrl.contexts.soft_ar
-    import softrl.models.reasoner  # noqa: F401
+    import softrl.contexts.soft_ar  # noqa: F401, whose models the Auto classes then know
     from softrl.assets import resolve_model
+    from softrl.models.reasoner import ReasonerForCausalLM
     from softrl.models.think_tokens import make_room
     from softrl.models.thinking import is_thinking_folder
     from softrl.trainers.loading import supported_dtype
@@ -310,6 +310,10 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     else:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **settings)
         tokenizer = AutoTokenizer.from_pretrained(name if has_own else resolve_model(base), padding_side="left")
+    if isinstance(model, ReasonerForCausalLM):
+        raise ValueError(
+            f"{name} thinks in latents, and writes by model.generate; its model card has the lines for it"
+        )
     return model.eval().to(device), tokenizer
 
 

@@ -137,7 +137,7 @@ def load_samples(path: Path) -> list[Sample]:
 def plot_run(log_history: list[dict[str, float]], folder: Path) -> list[Path]:
     """`curves.png` and, where adjoint norms were logged, `adjoint.png`; nothing for a run without a logged step."""
     written = []
-    if any({"reward/hard", "rewards/margins", "base_nll", "guided_nll"} & row.keys() for row in log_history):
+    if any({"reward/hard", "rewards/margins", "nll", "base_nll", "guided_nll"} & row.keys() for row in log_history):
         written.append(folder / "curves.png")
         plot_training(log_history, written[-1])
     norms = adjoint_norms(log_history)
@@ -177,8 +177,12 @@ _PANELS = (
     ("pairs in the right order", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
     ("margin of the best", {"rewards/margins": "training", "eval_rewards/margins": "held out"}),
     ("NLL of true tokens, nats", {
-        "nll": "after thoughts", "base_nll": "without", "eval_nll": "after thoughts, held out",
-        "eval_base_nll": "without, held out",
+        "nll": "training", "base_nll": "training, without thoughts", "eval_nll": "held out",
+        "eval_base_nll": "held out, without thoughts",
+    }),
+    ("NLL beyond the first window, nats", {
+        "eval_nll_beyond": "own memory", "eval_nll_permuted_beyond": "another text's memory",
+        "eval_nll_truncated_beyond": "no memory", "eval_nll_soft_beyond": "own soft tokens",
     }),
     ("NLL of true tokens, nats, behind", {
         "guided_nll": "what is fed, training", "eval_soft_nll": "own soft tokens, held out",

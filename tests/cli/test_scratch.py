@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softrl.cli import evaluate
+from softrl.cli import evaluate, generate
 from softrl.cli.arguments import SHAKESPEARE_CORPUS
 from softrl.cli.scratch import spread
 from softrl.cli.train import build_trainer, main, parse
@@ -55,6 +55,8 @@ def test_what_was_made_loads_by_auto_classes_and_trains_on(tiny, tmp_path, capsy
     assert words.decode(words("or not\n").input_ids) == "or not\n"
     generated = model.generate(**words("to be", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, len(words("to be").input_ids) + 3)
+    assert generate.main(["--model", "run", "--prompt", "to be"]) == 2
+    assert "thinks in latents, and writes by model.generate" in capsys.readouterr().err
     further = [*tiny, "--model_name_or_path", "run", "--output_dir", "further"]
     before = built(*further).evaluate()["eval_nll"]
     assert before == pytest.approx(built(*argv, "--model_name_or_path", "run").evaluate()["eval_nll"])

@@ -91,3 +91,5 @@ def test_a_run_leaves_its_figures(tmp_path):
     assert plot_run(logs, tmp_path) == [tmp_path / "curves.png", tmp_path / "adjoint.png"]
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
     assert plot_run([{"step": 2, "train_runtime": 3.0}], tmp_path / "none") == []
+    windows = [{"step": 1, "nll": 2.0}, {"step": 1, "eval_nll_beyond": 2.0, "eval_nll_truncated_beyond": 2.1}]
+    assert plot_run(windows, tmp_path) == [tmp_path / "curves.png"]
