@@ -50,16 +50,23 @@ class FinalNorm:
         return self.weight.to(hidden)[:, None] * inner / scale
 
 
-@torch.no_grad()
 def find_final_norm(policy: Policy) -> FinalNorm | None:
     """The decoder's last module, if it is a norm; None where hidden states come from something else.
 
     Raises:
         ValueError: the last module is called a norm but computes neither formula.
     """
-    module = _last_module(policy)
-    if module is None:
-        return None
+    module = last_module(policy)
+    return None if module is None else norm_of(module, policy)
+
+
+@torch.no_grad()
+def norm_of(module: nn.Module, policy: Policy) -> FinalNorm | None:
+    """What the decoder's last module computes now, if that is a norm.
+
+    Raises:
+        ValueError: it is called a norm but computes neither formula.
+    """
     width = policy.causal_lm.get_output_embeddings().weight.shape[1]
     like = next(module.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +93,8 @@ def _epsilon(module: nn.Module) -> float:
     return float(next((getattr(module, name) for name in names if hasattr(module, name)), None) or 0.0)
 
 
-def _last_module(policy: Policy) -> nn.Module | None:
+@torch.no_grad()
+def last_module(policy: Policy) -> nn.Module | None:
     """The module inside the decoder whose output its last hidden states are."""
     calls: list[tuple[nn.Module, Any]] = []
     handles = [
