@@ -144,6 +144,7 @@ def test_every_trainer_takes_it_and_logs_what_was_accepted(tmp_path, tokenizer, 
     accepted, asked = logs_of(trainer, "basis_aware/accepted"), logs_of(trainer, "basis_aware/asked")
     assert len(asked) == 3
     assert all(0.0 < few <= many <= CANDIDATES for few, many in zip(accepted, asked, strict=True))
+    assert all(0.0 < norm < torch.inf for norm in logs_of(trainer, "grad_norm"))
     assert logs_of(trainer, "basis_aware/failed") == [0.0] * 3
     assert logs_of(trainer, "basis_aware/greedy") == [0.0] * 3
     trainer.evaluate()
