@@ -70,7 +70,9 @@ def norm_of(module: nn.Module, policy: Policy) -> FinalNorm | None:
     width = policy.causal_lm.get_output_embeddings().weight.shape[1]
     like = next(module.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(2, width, generator=generator).to(like.device, like.dtype) + 0.5
+    # Away from zero, with and without their mean: they are divided by, and bfloat16 rounds what is near it to zero.
+    signs = 2.0 * torch.randint(2, (2, width), generator=generator) - 1.0
+    probes = (signs * (1.0 + torch.rand(2, width, generator=generator)) + 0.5).to(like.device, like.dtype)
     inputs = torch.cat([torch.zeros_like(probes[:1]), probes])
     with policy.context():
         bias, first, second = (module(each[None, None])[0, 0].double() for each in inputs)

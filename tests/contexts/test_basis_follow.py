@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers import gpt2, llama
+from helpers import V, gpt2, llama
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from softrl.contexts.basis_aware import basis_aware
+from softrl.contexts.final_norm import find_final_norm
 from softrl.models.policy import Policy
 
 SETTINGS = {"epsilon": 0.06, "rule": "tau", "num_directions": 8, "max_candidates": None}
@@ -93,6 +95,23 @@ def test_a_fused_optimizer_writes_past_the_counters():
     rule.source.outdate()
     rule.mask(_logits(model))
     assert torch.equal(rule.directions.columns, _fresh(policy).directions.columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("centres", [False, True])
+def test_norms_of_half_precision_are_found(centres, dtype):
+    """To the rounding of the module's output, at a width at which a probe drawn freely has numbers that round to 0."""
+    if centres:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=576, n_layer=1, n_head=4, n_positions=8))
+        norm = model.transformer.ln_f
+    else:
+        shape = {"hidden_size": 576, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **shape))
+        norm = model.model.norm
+    torch.nn.init.uniform_(norm.weight, 1.0, 2.0, generator=torch.Generator().manual_seed(0))
+    found = find_final_norm(Policy(model.to(dtype)))
+    assert found.centres == centres
+    assert (found.weight - norm.weight.double()).abs().max() < 0.02
 
 
 def test_without_it_directions_stay():
