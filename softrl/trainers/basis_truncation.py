@@ -33,14 +33,18 @@ class BasisAwareArguments:
     Parameters:
         basis_aware (`float`, *optional*):
             ε in (0, 1) of the threshold, e.g. `0.003`; in the place of `top_p` and `min_p`, at temperature 1. By
-            default tokens are not truncated so. It is slow: see `basis_aware_candidates`.
+            default tokens are not truncated so. `basis_aware_candidates` says what it costs.
         basis_aware_rule (`str`, *optional*, defaults to `"eta"`):
             `"eta"`: `τ = min(ε, √ε e^{−H})`, H the entropy of the distribution in nats. `"tau"`: τ = ε.
         basis_aware_directions (`int`, *optional*, defaults to `20`):
             Directions of the output embedding that proofs know (k): more prove more, and take longer.
         basis_aware_candidates (`int`, *optional*, defaults to `16`):
-            The likeliest tokens below τ that are asked about, in every distribution; the others are rejected. Seconds
-            grow with it.
+            The likeliest tokens below τ that are asked about, in every distribution; the others are rejected. Most of
+            the likeliest are accepted (SmolLM2, ε = 0.003: 768 of 768 with 16, 95% with 64), so this bounds what is
+            kept; and it is what takes time: 0.03 to 0.05 s a distribution of SmolLM2 on a core with 16, 0.2 to 0.3 s
+            with 64. Soft tokens ask once a token, score functions twice a token of their update. Steps took 1.3 times
+            as long (soft tokens, LoRA), 1.6 times (RLOO, LoRA), and 1.5 times where the output embedding trains, whose
+            directions take 2.4 s a step.
     """
 
     basis_aware: float | None = field(
