@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from engines.ranks import outcomes
 from estimators.looped import looped_objective
 from helpers import PairReward, V, gemma3, llama
 from huggingface_hub import ModelCard
@@ -210,29 +209,6 @@ def test_a_device_without_float64_is_refused(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(type(args), "device", torch.device("mps"))
     with pytest.raises(ValueError, match=r"basis_aware=0\.06 computes in float64, which MPS does not have"):
         args.make_support(Policy(llama()))
-
-
-def test_two_ranks_give_the_parameters_of_one_process_or_are_refused(tmp_path):
-    """Weights are whole under DDP and ZeRO-2; an engine that shards them is named."""
-    cases = [
-        {
-            "name": engine, "engine": engine, "world": 1 if engine == "single" else 2,
-            "settings": {**KEYS, "top_k": 12, "per_device_train_batch_size": 8 if engine == "single" else 4},
-        }
-        for engine in ("single", "ddp", "zero2", "fsdp2")
-    ]  # fmt: skip
-    ranks = outcomes(tmp_path, cases)
-    alone = ranks("single")
-    assert all(0.0 < row["basis_aware/accepted"] < CANDIDATES for row in alone["logs"])
-    for engine in ("ddp", "zero2"):
-        found = ranks(engine)
-        assert found["world"] == 2
-        for name, value in alone["parameters"].items():
-            torch.testing.assert_close(found["parameters"][name], value, rtol=0.0, atol=1e-5)
-        for key in ("reward", "basis_aware/accepted"):
-            assert [row[key] for row in found["logs"]] == pytest.approx([row[key] for row in alone["logs"]], abs=1e-5)
-    said = (tmp_path / "fsdp2-0.txt").read_text()
-    assert "basis_aware=0.06 needs the whole output embedding on every process, and FSDP shards it" in said
 
 
 @pytest.mark.parametrize("adapter", [False, True])
