@@ -143,7 +143,7 @@ def quick_start(facts: CardFacts) -> str:
     prompt = '[{"role": "user", "content": "Tell me about a film."}]' if facts.is_conversational else '"The film is"'
     if not facts.is_adapter:
         lines = [
-            *_imports(args, "from transformers import pipeline"),
+            *_imports(args, "pipeline"),
             "",
             f'generator = pipeline("text-generation", model="{location}")',
             *_truncation(args, "generator.model"),
@@ -167,19 +167,21 @@ def quick_start(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
-def _imports(args: RolloutConfig, *lines: str) -> list[str]:
-    """Lines of imports, with those of basis-aware truncation where it needs some."""
+def _imports(args: RolloutConfig, *names: str) -> list[str]:
+    """Imports of names of transformers, with what basis-aware truncation needs."""
     if args.basis_aware is None:
-        return list(lines)
-    processor = "from softrl.generation.basis_aware import BasisAwareLogitsProcessor"
-    return [processor, *lines, "from transformers import LogitsProcessorList"]
+        return [f"from transformers import {', '.join(names)}"]
+    return [
+        "from softrl.generation.basis_aware import BasisAwareLogitsProcessor",
+        f"from transformers import {', '.join(sorted([*names, 'LogitsProcessorList']))}",
+    ]
 
 
 def _truncation(args: RolloutConfig, model: str) -> list[str]:
     if args.basis_aware is None:
         return []
     return [
-        f"truncation = BasisAwareLogitsProcessor({model}, {args.basis_aware}, {args.basis_aware_rule!r}, "
+        f'truncation = BasisAwareLogitsProcessor({model}, {args.basis_aware}, "{args.basis_aware_rule}", '
         f'{args.basis_aware_directions}, max_candidates={args.basis_aware_candidates}, how="mask")'
     ]
 
@@ -187,18 +189,18 @@ def _truncation(args: RolloutConfig, model: str) -> list[str]:
 def _load_adapter(facts: CardFacts, location: str) -> list[str]:
     if facts.base and not facts.base_is_local:
         return [
-            *_imports(
-                facts.args, "from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"
-            ),
+            "from peft import AutoPeftModelForCausalLM",
+            *_imports(facts.args, "AutoTokenizer"),
             "",
             f'model = AutoPeftModelForCausalLM.from_pretrained("{location}")  # loads {facts.base} with it',
         ]
     base, imports = f'"{facts.shown_base}"', []
     if facts.shown_base in SHORT_NAMES:
         base, imports = f"resolve_model({base})", ["from softrl.assets import resolve_model"]
-    imports = ["from peft import PeftModel", *imports, "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     return [
-        *_imports(facts.args, *imports),
+        "from peft import PeftModel",
+        *imports,
+        *_imports(facts.args, "AutoModelForCausalLM", "AutoTokenizer"),
         "",
         f"base = AutoModelForCausalLM.from_pretrained({base})",
         f'model = PeftModel.from_pretrained(base, "{location}")',
