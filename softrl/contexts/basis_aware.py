@@ -19,7 +19,7 @@ from torch import Tensor
 from softrl.contexts.basis_directions import Directions, svd_directions
 from softrl.contexts.basis_models import check_basis_model
 from softrl.contexts.basis_thresholds import Programs, Verdicts, verdicts
-from softrl.contexts.final_norm import find_final_norm
+from softrl.contexts.final_norm import last_module, norm_of
 from softrl.models.policy import Policy
 
 
@@ -61,6 +61,7 @@ class BasisAware:
         rule: "tau" or "eta".
         max_candidates: this many of the likeliest tokens below τ may be accepted, all others are rejected; None asks
             about all, which only `best` does at a bearable price.
+        source: where directions come from that change; None for directions that stay.
     Raises:
         ValueError: ε outside (0, 1), an unknown rule, or max_candidates < 1.
     """
@@ -70,6 +71,7 @@ class BasisAware:
     rule: str = "eta"
     max_candidates: int | None = 64
     counts: Counts = field(default_factory=Counts)
+    source: "PolicyDirections | None" = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.epsilon < 1.0:
@@ -107,6 +109,8 @@ class BasisAware:
                 "logits: expected the model's own, all finite; something has removed tokens or changed scores before. "
                 "Put basis-aware truncation first"
             )
+        if self.source is not None:
+            self.directions = self.source.current()
         columns = self.directions.columns
         if columns.device != logits.device:
             self.directions = self.directions.to(logits.device)
@@ -193,6 +197,47 @@ class BasisAware:
         return scores.masked_fill(~askable, -torch.inf)
 
 
+class PolicyDirections:
+    """Directions of a policy that may train: computed anew after its output embedding or final norm have changed.
+
+    Changes are seen by where these tensors lie and by autograd's counters of changes in place. Fused optimizers change
+    weights past the counters, so whoever steps one calls `outdate`.
+
+    Args:
+        policy, num_directions, representation: see `basis_aware`.
+    """
+
+    def __init__(self, policy: Policy, num_directions: int, representation: str):
+        self.policy, self.num_directions = policy, num_directions
+        self._last_module = last_module(policy) if representation == "before_norm" else None
+        self._directions = self._computed()
+        self._seen: list[tuple[int, int]] | None = self._state()
+
+    def current(self) -> Directions:
+        """The directions of the weights as they are."""
+        if self._seen != self._state():
+            self._directions, self._seen = self._computed(), self._state()
+        return self._directions
+
+    def outdate(self) -> None:
+        """Have `current` compute them anew, unless nothing that they are made of trains."""
+        if any(tensor.requires_grad for tensor in self._weights()):
+            self._seen = None
+
+    def _state(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._weights()]
+
+    def _weights(self) -> list[Tensor]:
+        norm = [] if self._last_module is None else list(self._last_module.parameters())
+        return [self.policy.causal_lm.get_output_embeddings().weight, *norm]
+
+    def _computed(self) -> Directions:
+        norm = None if self._last_module is None else norm_of(self._last_module, self.policy)
+        with self.policy.context():
+            weight = self.policy.causal_lm.get_output_embeddings().weight.detach()
+        return svd_directions(weight, self.num_directions, norm)
+
+
 def basis_aware(
     policy: Policy,
     epsilon: float,
@@ -200,6 +245,7 @@ def basis_aware(
     num_directions: int = 20,
     representation: str = "before_norm",
     max_candidates: int | None = 64,
+    follow: bool = False,
 ) -> BasisAware:
     """Basis-aware truncation of a model, with directions from its output embedding.
 
@@ -209,6 +255,7 @@ def basis_aware(
         num_directions: k.
         representation: "before_norm" takes the constraints of the state before the final norm, which are sound;
             "output" those of W, as published: behind a norm they accept more, some of it falsely.
+        follow: compute directions anew when the model has changed, see `PolicyDirections`; for models that train.
     Raises:
         ValueError: what `check_basis_model` refuses, an unknown representation, or k outside [1, D].
     Warns:
@@ -217,7 +264,5 @@ def basis_aware(
     if representation not in ("before_norm", "output"):
         raise ValueError(f"representation must be 'before_norm' or 'output', got {representation!r}")
     check_basis_model(policy)
-    norm = find_final_norm(policy) if representation == "before_norm" else None
-    with policy.context():
-        weight = policy.causal_lm.get_output_embeddings().weight.detach()
-    return BasisAware(svd_directions(weight, num_directions, norm), epsilon, rule, max_candidates)
+    source = PolicyDirections(policy, num_directions, representation)
+    return BasisAware(source.current(), epsilon, rule, max_candidates, source=source if follow else None)

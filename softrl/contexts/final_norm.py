@@ -50,20 +50,29 @@ class FinalNorm:
         return self.weight.to(hidden)[:, None] * inner / scale
 
 
-@torch.no_grad()
 def find_final_norm(policy: Policy) -> FinalNorm | None:
     """The decoder's last module, if it is a norm; None where hidden states come from something else.
 
     Raises:
         ValueError: the last module is called a norm but computes neither formula.
     """
-    module = _last_module(policy)
-    if module is None:
-        return None
+    module = last_module(policy)
+    return None if module is None else norm_of(module, policy)
+
+
+@torch.no_grad()
+def norm_of(module: nn.Module, policy: Policy) -> FinalNorm | None:
+    """What the decoder's last module computes now, if that is a norm.
+
+    Raises:
+        ValueError: it is called a norm but computes neither formula.
+    """
     width = policy.causal_lm.get_output_embeddings().weight.shape[1]
     like = next(module.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(2, width, generator=generator).to(like.device, like.dtype) + 0.5
+    # Away from zero, with and without their mean: they are divided by, and bfloat16 rounds what is near it to zero.
+    signs = 2.0 * torch.randint(2, (2, width), generator=generator) - 1.0
+    probes = (signs * (1.0 + torch.rand(2, width, generator=generator)) + 0.5).to(like.device, like.dtype)
     inputs = torch.cat([torch.zeros_like(probes[:1]), probes])
     with policy.context():
         bias, first, second = (module(each[None, None])[0, 0].double() for each in inputs)
@@ -86,7 +95,8 @@ def _epsilon(module: nn.Module) -> float:
     return float(next((getattr(module, name) for name in names if hasattr(module, name)), None) or 0.0)
 
 
-def _last_module(policy: Policy) -> nn.Module | None:
+@torch.no_grad()
+def last_module(policy: Policy) -> nn.Module | None:
     """The module inside the decoder whose output its last hidden states are."""
     calls: list[tuple[nn.Module, Any]] = []
     handles = [

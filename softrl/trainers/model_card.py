@@ -120,6 +120,11 @@ def _sampling(args: RolloutConfig) -> str:
     settings = [f"temperature {args.temperature:g}"]
     settings += [f"top-p {args.top_p:g}"] if args.top_p < 1.0 else []
     settings += [f"min-p {args.min_p:g}"] if args.min_p > 0.0 else []
+    if args.basis_aware is not None:
+        settings.append(
+            f"basis-aware truncation (BA-{args.basis_aware_rule}, epsilon {args.basis_aware:g}, "
+            f"{args.basis_aware_directions} directions, {args.basis_aware_candidates} candidates)"
+        )
     return (
         f"The policy was trained at sampling {', '.join(settings)}, on completions of at most "
         f"{args.max_completion_length} tokens."
@@ -133,12 +138,15 @@ def quick_start(facts: CardFacts) -> str:
     sampling = f"max_new_tokens={args.max_completion_length}, do_sample=True, temperature={args.temperature}, top_k=0"
     sampling += f", top_p={args.top_p}" if args.top_p < 1.0 else ""
     sampling += f", min_p={args.min_p}" if args.min_p > 0.0 else ""
+    if args.basis_aware is not None:
+        sampling += ", logits_processor=LogitsProcessorList([truncation])"
     prompt = '[{"role": "user", "content": "Tell me about a film."}]' if facts.is_conversational else '"The film is"'
     if not facts.is_adapter:
         lines = [
-            "from transformers import pipeline",
+            *_imports(args, "pipeline"),
             "",
             f'generator = pipeline("text-generation", model="{location}")',
+            *_truncation(args, "generator.model"),
             f"output = generator({prompt}, {sampling}, return_full_text=False)",
             'print(output[0]["generated_text"])',
         ]
@@ -152,17 +160,37 @@ def quick_start(facts: CardFacts) -> str:
         *_load_adapter(facts, location),
         f'tokenizer = AutoTokenizer.from_pretrained("{location}")',
         encode,
+        *_truncation(args, "model"),
         f"output = model.generate(**inputs, {sampling})",
         "print(tokenizer.decode(output[0], skip_special_tokens=True))",
     ]
     return "\n".join(lines)
 
 
+def _imports(args: RolloutConfig, *names: str) -> list[str]:
+    """Imports of names of transformers, with what basis-aware truncation needs."""
+    if args.basis_aware is None:
+        return [f"from transformers import {', '.join(names)}"]
+    return [
+        "from softrl.generation.basis_aware import BasisAwareLogitsProcessor",
+        f"from transformers import {', '.join(sorted([*names, 'LogitsProcessorList']))}",
+    ]
+
+
+def _truncation(args: RolloutConfig, model: str) -> list[str]:
+    if args.basis_aware is None:
+        return []
+    return [
+        f'truncation = BasisAwareLogitsProcessor({model}, {args.basis_aware}, "{args.basis_aware_rule}", '
+        f'{args.basis_aware_directions}, max_candidates={args.basis_aware_candidates}, how="mask")'
+    ]
+
+
 def _load_adapter(facts: CardFacts, location: str) -> list[str]:
     if facts.base and not facts.base_is_local:
         return [
             "from peft import AutoPeftModelForCausalLM",
-            "from transformers import AutoTokenizer",
+            *_imports(facts.args, "AutoTokenizer"),
             "",
             f'model = AutoPeftModelForCausalLM.from_pretrained("{location}")  # loads {facts.base} with it',
         ]
@@ -172,7 +200,7 @@ def _load_adapter(facts: CardFacts, location: str) -> list[str]:
     return [
         "from peft import PeftModel",
         *imports,
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *_imports(facts.args, "AutoModelForCausalLM", "AutoTokenizer"),
         "",
         f"base = AutoModelForCausalLM.from_pretrained({base})",
         f'model = PeftModel.from_pretrained(base, "{location}")',

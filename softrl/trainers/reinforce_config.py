@@ -18,7 +18,7 @@ from softrl.estimators.score_function import (
 )
 from softrl.estimators.soft_score import SoftScoreFunction
 from softrl.tokens.relaxation import GumbelSoftmax
-from softrl.tokens.truncation import Truncation
+from softrl.tokens.truncation import SupportRule, Truncation
 from softrl.trainers.relaxation_config import RelaxationConfig
 from softrl.trainers.rollout_config import RolloutConfig
 
@@ -145,12 +145,12 @@ class ReinforceConfig(RelaxationConfig):
         super()._check_relaxation()
         self.check_engine_samples(self.make_estimator().relaxation)
 
-    def make_truncation(self, step: int = 0, max_steps: int = 1) -> Truncation:
+    def make_truncation(self, step: int = 0, max_steps: int = 1, support: SupportRule | None = None) -> Truncation:
         if not self.uses_relaxation:
-            return RolloutConfig.make_truncation(self)
-        return super().make_truncation(step, max_steps)
+            return RolloutConfig.make_truncation(self, support)
+        return super().make_truncation(step, max_steps, support)
 
-    def make_estimator(self, step: int = 0, max_steps: int = 1) -> Any:
+    def make_estimator(self, step: int = 0, max_steps: int = 1, support: SupportRule | None = None) -> Any:
         """The estimator at a step of the run."""
         if self.estimator in _SCORE_FUNCTIONS:
             plain = replace(_SCORE_FUNCTIONS[self.estimator], max_length=self.max_completion_length)
@@ -160,8 +160,9 @@ class ReinforceConfig(RelaxationConfig):
         if self.estimator == "soft_score":
             bound = self.values_at(step, max(max_steps, 1)).get("max_entropy_nats")
             temperature = float(self.values_at(step, max(max_steps, 1))["relaxation_temperature"])
-            return SoftScoreFunction(GumbelSoftmax(self.make_truncation(step, max_steps), temperature, bound))
-        relaxation, settings = self.make_relaxation(step, max_steps), self.adjoint_settings(step, max_steps)
+            return SoftScoreFunction(GumbelSoftmax(self.make_truncation(step, max_steps, support), temperature, bound))
+        settings = self.adjoint_settings(step, max_steps)
+        relaxation = self.make_relaxation(step, max_steps, support)
         if self.estimator == "combined":
             return Combined(Pathwise(relaxation, settings), RLOO, self.pathwise_weight)
         return PathwiseControlVariate(relaxation, settings, self.control_variate_coefficient)

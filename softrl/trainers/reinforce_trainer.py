@@ -72,7 +72,7 @@ class ReinforceTrainer(ValueHeadMixin, RolloutTrainer):
         return args.differentiates_rewards
 
     def set_up(self, args: ReinforceConfig) -> None:
-        self.estimator = args.make_estimator()
+        self.estimator = args.make_estimator(support=self.support)
         if args.uses_relaxation:
             replace(self.truncation, top_k=max(args.schedules()["top_k"].ends())).check_vocabulary(
                 self.policy.vocab_size
@@ -185,7 +185,7 @@ class ReinforceTrainer(ValueHeadMixin, RolloutTrainer):
             return {name: value for name, value in changing.items() if name == "beta"}
         if changing.keys() - {"beta"}:
             step, max_steps = self.state.global_step, self.state.max_steps
-            self.estimator = self.args.make_estimator(step, max_steps)
+            self.estimator = self.args.make_estimator(step, max_steps, self.support)
         return changing
 
     @property

@@ -11,7 +11,7 @@ from softrl.estimators.system import METHODS, AdjointSettings
 from softrl.models.policy import Policy
 from softrl.tokens.relaxation import RELAXATIONS, Relaxation, make_relaxation
 from softrl.tokens.temperature import check_entropy_bound
-from softrl.tokens.truncation import Truncation
+from softrl.tokens.truncation import SupportRule, Truncation
 from softrl.trainers.rollout_config import RolloutConfig
 from softrl.trainers.scheduled import ScheduledArguments
 
@@ -111,17 +111,17 @@ class SoftTokenArguments(ScheduledArguments):
         if "max_entropy_nats" in schedules:  # the bound has to stay below log K where both change
             check_entropy_bound(float(max(schedules["max_entropy_nats"].ends())), int(min(schedules["top_k"].ends())))
 
-    def make_truncation(self, step: int = 0, max_steps: int = 1) -> Truncation:
-        """The sampler's nucleus rules, and K at a step of the run."""
+    def make_truncation(self, step: int = 0, max_steps: int = 1, support: SupportRule | None = None) -> Truncation:
+        """The sampler's nucleus rules or `support`, and K at a step of the run."""
         top_k = self.values_at(step, max(max_steps, 1))["top_k"]
-        return Truncation(top_k, self.top_p, self.min_p)
+        return Truncation(top_k, self.top_p, self.min_p, support)
 
-    def make_relaxation(self, step: int = 0, max_steps: int = 1) -> Relaxation:
+    def make_relaxation(self, step: int = 0, max_steps: int = 1, support: SupportRule | None = None) -> Relaxation:
         """The relaxation at a step of the run."""
         values = self.values_at(step, max(max_steps, 1))
         return make_relaxation(
             self.relaxation,
-            self.make_truncation(step, max_steps),
+            self.make_truncation(step, max_steps, support),
             float(values["relaxation_temperature"]),
             None if self.max_entropy_nats is None else float(values["max_entropy_nats"]),
             self.detach_temperature,

@@ -10,7 +10,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from softrl.models.policy import Policy
 from softrl.objectives.schedules import AdaptiveKL
-from softrl.tokens.truncation import Truncation
+from softrl.tokens.truncation import SupportRule, Truncation
+from softrl.trainers.basis_truncation import BasisAwareArguments
 from softrl.trainers.engines import load_whole_models
 from softrl.trainers.precision import bf16_by_default, checkpoint_without_reentry
 from softrl.trainers.scheduled import ScheduledArguments
@@ -18,7 +19,7 @@ from softrl.trainers.vllm_config import VLLMConfig
 
 
 @dataclass
-class RolloutConfig(ScheduledArguments, VLLMConfig):
+class RolloutConfig(ScheduledArguments, BasisAwareArguments, VLLMConfig):
     r"""
     Configuration class for the [`RolloutTrainer`]; the configurations of the other trainers extend it.
 
@@ -50,6 +51,8 @@ class RolloutConfig(ScheduledArguments, VLLMConfig):
             Sampling temperature; part of the policy's definition, at sampling and at scoring.
         top_p, min_p (`float`, *optional*, default to `1.0` and `0.0`):
             Nucleus rules of the sampler; off by default.
+        basis_aware, basis_aware_rule, ...:
+            Basis-aware truncation in their place; see [`BasisAwareArguments`].
         use_vllm, vllm_mode, ...:
             Hard samples through vLLM, untried on hardware; see [`VLLMConfig`].
 
@@ -220,9 +223,13 @@ class RolloutConfig(ScheduledArguments, VLLMConfig):
                 raise ValueError(f"{name} must be positive to hold the KL at a target, got {value}")
         return AdaptiveKL(beta.first, self.target_kl, self.kl_horizon)
 
-    def make_truncation(self) -> Truncation:
-        """The sampler's nucleus rules; K is a soft token's, and hard rollouts do not apply it."""
-        return Truncation(1, self.top_p, self.min_p)
+    def make_truncation(self, support: SupportRule | None = None) -> Truncation:
+        """The sampler's nucleus rules; K is a soft token's, and hard rollouts do not apply it.
+
+        Args:
+            support: of `make_support`, once there is a policy.
+        """
+        return Truncation(1, self.top_p, self.min_p, support)
 
     def make_policy(self, model: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
         """A model as the policy, or the reference, that these arguments describe."""

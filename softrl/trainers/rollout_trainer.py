@@ -28,6 +28,7 @@ from softrl.rewards.resolve import resolve_rewards
 from softrl.rollouts.hard import hard_rollout
 from softrl.tokens.noise import SequenceRandom
 from softrl.trainers._bridge import BaseTrainer
+from softrl.trainers.basis_truncation import BasisAwareMixin
 from softrl.trainers.batches import (
     Completions,
     PromptBatch,
@@ -68,7 +69,7 @@ from softrl.trainers.step_guard import StepGuardMixin
 _KL_CONTROL = "adaptive_kl"  # its key in the trainer's state
 
 
-class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
+class RolloutTrainer(StepGuardMixin, BasisAwareMixin, CheckpointMixin, BaseTrainer):
     """
     Base class of the trainers that sample completions and score them: everything but the loss.
 
@@ -151,7 +152,8 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         self.terms = DirectTerms(
             float(args.values_at(0, 1)["beta"]), args.entropy_coef, self.reference if args.needs_reference else None
         )
-        self.truncation = args.make_truncation()
+        self.support = args.make_support(self.policy)
+        self.truncation = args.make_truncation(support=self.support)
         self._check_vocabularies()
         self.set_up(args)
 
@@ -173,6 +175,7 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         if args.early_stop_on_gap is not None or args.early_stop_on_judge_drop is not None:
             self.add_callback(GamingCallback(args.early_stop_on_gap, args.early_stop_on_judge_drop))
         check_engine(self.accelerator)
+        self.check_support_engine()
         release_at_once(self.accelerator)
         if shards_parameters(self.accelerator):
             self.policy.largest = partial(largest_over_processes, self.accelerator)
@@ -374,12 +377,8 @@ class RolloutTrainer(StepGuardMixin, CheckpointMixin, BaseTrainer):
         by_index = {sample.prompt_index: sample for sample in samples}  # ranks may be padded with repeated rows
         self.last_evaluation = [by_index[index] for index in sorted(by_index)]
         metrics = summary(self.last_evaluation) | metrics_of_texts(self.eval_metrics, self.last_evaluation)
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(self.last_evaluation),
-        )
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(self.last_evaluation))
 
     def evaluate_rows(self, rows: list[dict[str, Any]]) -> list[Sample]:
         """Sample and measure one completion for every row."""

@@ -64,7 +64,7 @@ class SoftRolloutTrainer(RolloutTrainer):
     _last_phase = "surrogate"
 
     def set_up(self, args: SoftRolloutConfig) -> None:
-        self.relaxation = args.make_relaxation()
+        self.relaxation = args.make_relaxation(support=self.support)
         self.adjoint_settings = args.adjoint_settings()
         Truncation(max(args.schedules()["top_k"].ends())).check_vocabulary(self.policy.vocab_size)
         self._redirect = ForwardRedirection()
@@ -118,7 +118,7 @@ class SoftRolloutTrainer(RolloutTrainer):
         changing = super().follow_schedules()
         step, max_steps = self.state.global_step, self.state.max_steps
         if changing.keys() - {"beta"}:
-            self.relaxation = self.args.make_relaxation(step, max_steps)
+            self.relaxation = self.args.make_relaxation(step, max_steps, self.support)
             self.adjoint_settings = self.args.adjoint_settings(step, max_steps)
         return changing
 

@@ -69,6 +69,11 @@ SPECIAL = {
     "reinforce gan": {**GAN, "method": "ReinforceGAN", "settings": {**WHOLE_BUFFER, **METHODS["Reinforce"]}},
     "classifier": {"reward": "classifier"},
     "bf16": {"bf16": True},
+    "basis-aware": {
+        "settings": {
+            "basis_aware": 0.06, "basis_aware_rule": "tau", "basis_aware_directions": 8, "basis_aware_candidates": 6,
+        },
+    },
     # No case of one process has these settings:
     "checkpointing": {"settings": {"gradient_checkpointing": True}},
     "classifier, checkpointing": {"reward": "classifier", "settings": {"gradient_checkpointing": True}},
@@ -93,6 +98,8 @@ SPECIAL_PARITY = [  # the engine, what it runs, and what one process runs
     ("zero3", "gan", "gan"),
     ("zero2", "reinforce gan", "reinforce gan"),
     ("fsdp2", "reinforce gan", "reinforce gan"),
+    ("ddp", "basis-aware", "basis-aware"),
+    ("zero2", "basis-aware", "basis-aware"),
     ("ddp", "checkpointing", None),
     ("zero2", "checkpointing", None),
     *((engine, "chunks", None) for engine in ("ddp", "zero2", "zero3", "fsdp2")),
@@ -118,7 +125,7 @@ def special(engine, what):
 def special_cases():
     found = [(engine, what) for engine, what, _ in SPECIAL_PARITY] + AGREEING + RESUMED
     found += [("single", alone) for alone in dict.fromkeys(alone for *_, alone in SPECIAL_PARITY) if alone]
-    found += [(engine, "bf16") for engine in ("single", *BF16_ENGINES)]
+    found += [(engine, "bf16") for engine in ("single", *BF16_ENGINES)] + [("fsdp2", "basis-aware")]
     return [special(*each) for each in found]
 
 
@@ -223,6 +230,15 @@ def test_bfloat16_takes_the_steps_of_float32_roughly(ranks, engine):
     assert relative_distance(full, found) < 0.2
     if engine == "ddp":  # the same kernels on halves of the batch
         assert relative_distance(alone, found) < 0.05
+
+
+def test_basis_aware_truncation_is_of_engines_that_keep_weights_whole(ranks):
+    accepted = logged(ranks(special("ddp", "basis-aware")["name"]), "basis_aware/accepted")
+    assert all(0.0 < count < 6.0 for count in accepted)
+    alone = logged(ranks(special("single", "basis-aware")["name"]), "basis_aware/accepted")
+    assert accepted == pytest.approx(alone, abs=TOLERANCE)
+    with pytest.raises(AssertionError, match="needs the whole output embedding on every process, and FSDP shards it"):
+        ranks(special("fsdp2", "basis-aware")["name"])
 
 
 def relative_distance(one, other):

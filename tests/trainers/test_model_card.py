@@ -67,7 +67,7 @@ def test_the_cards_code_loads_what_was_trained(tmp_path, base, monkeypatch, caps
 
 
 def test_adapters_of_hub_models_and_of_short_names(tmp_path):
-    args = SimpleNamespace(temperature=1.0, top_p=1.0, min_p=0.05, max_completion_length=8)
+    args = SimpleNamespace(temperature=1.0, top_p=1.0, min_p=0.05, max_completion_length=8, basis_aware=None)
     code = quick_start(CardFacts("run", "me/run", "org/base", True, False, args))
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/run")  # loads org/base with it' in code
     assert "temperature=1.0, top_k=0, min_p=0.05)" in code
