@@ -30,7 +30,10 @@ def check_basis_model(policy: Policy) -> None:
             "sampling temperature at 1, and cool the kept tokens instead (a relaxation's temperature)"
         )
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{name}: basis-aware truncation needs a linear head, got {type(head).__name__}")
+        raise ValueError(
+            f"{name}: basis-aware truncation needs a linear head without an adapter, got "
+            f"{type(head).__module__}.{type(head).__name__}; train other modules, or use top_p or min_p"
+        )
     if head.bias is not None:
         raise ValueError(
             f"{name}: its head has a bias, for which basis-aware truncation is not derived; use top_p or min_p"

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import V, gemma3, gpt2, gru, llama
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from softrl.contexts.basis_aware import BasisAware, basis_aware
@@ -126,6 +127,9 @@ def test_models_that_the_theorem_is_not_about():
     model.set_output_embeddings(nn.Linear(16, V, bias=True).double())
     with pytest.raises(ValueError, match="its head has a bias"):
         basis_aware(Policy(model), 0.01, num_directions=4)
+    adapted = get_peft_model(llama(tied=False), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"without an adapter, got peft\..*Linear; train other modules"):
+        basis_aware(Policy(adapted), 0.01, num_directions=4)
     with pytest.raises(ValueError, match="width of the output embedding, 16 here, got 17"):
         basis_aware(Policy(llama()), 0.01, num_directions=17)
     with pytest.raises(ValueError, match="width of the output embedding, 12 here, got 13"):
