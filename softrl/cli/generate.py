@@ -58,6 +58,18 @@ def make_parser() -> argparse.ArgumentParser:
         "distance:LEAST or entropy:LEAST (nats)",
     )
     _add_soft_arguments(soft)
+    basis = parser.add_argument_group(
+        "basis-aware truncation, of soft tokens and of draws, instead of top-p and min-p"
+    )
+    basis.add_argument(
+        "--basis_aware", type=float, metavar="EPSILON", help="keep tokens above tau, and those below it that the "
+        "softmax bottleneck proves to have true probability; epsilon in (0, 1), such as 0.003",
+    )  # fmt: skip
+    basis.add_argument("--basis_aware_rule", choices=["eta", "tau"], help="tau by eta-sampling, or epsilon (eta)")
+    basis.add_argument("--basis_aware_directions", type=int, help="k, directions of the output embedding (20)")
+    basis.add_argument(
+        "--basis_aware_candidates", type=int, help="tokens below tau that a soft token asks about (64); draws ask on"
+    )
     hard = parser.add_argument_group("hard tokens")
     hard.add_argument("--do_sample", action="store_true", default=None, help="draw them; else the likeliest")
     hard.add_argument("--temperature", type=float, help="of a draw (1)")
@@ -100,7 +112,7 @@ def _generate(given: argparse.Namespace) -> int:
 
     policy = Policy(model)
     check_policy(policy)
-    decoding = decoding_of(given, policy.vocab_size, tokenizer)
+    decoding, rule = basis_aware_of(given, policy, decoding_of(given, policy.vocab_size, tokenizer))
     with _opened(given.output_file) as file:
         for first in range(0, len(prompts), given.batch_size):
             batch = prompts[first : first + given.batch_size]
@@ -111,6 +123,8 @@ def _generate(given: argparse.Namespace) -> int:
                 for line in lines(record, tokenizer, batch, given.num_samples, given.seed, first):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
+    if rule is not None:
+        print(f"basis-aware truncation: {rule.counts}", file=sys.stderr)
     return 0
 
 
@@ -236,6 +250,30 @@ def decoding_of(given: argparse.Namespace, vocab_size: int, tokenizer: Any) -> A
     if "think_start" in soft or "think_end" in soft or (thinks and not has_own):
         soft = {"think_start": THINK_START, "think_end": THINK_END} | soft
     return decoding_from(soft | hard, saved, vocab_size, tokenizer)
+
+
+def basis_aware_of(given: argparse.Namespace, policy: Any, decoding: Any) -> tuple[Any, Any]:
+    """The settings with basis-aware truncation, and its rule, which counts; without it the settings and None.
+
+    Raises:
+        ValueError: what `basis_aware` and `truncated_by` refuse, or there is nothing to truncate.
+    """
+    beside = [name for name in vars(given) if name.startswith("basis_aware_") and getattr(given, name) is not None]
+    if given.basis_aware is None:
+        if beside:
+            raise ValueError(f"--{beside[0]} is of basis-aware truncation; give --basis_aware EPSILON as well")
+        return decoding, None
+    if given.hard and not given.do_sample:
+        raise ValueError("--basis_aware is of soft tokens and of draws; with --hard give --do_sample as well")
+    if others := [name for name in ("soft_top_p", "soft_min_p", "top_k", "top_p", "min_p") if getattr(given, name)]:
+        raise ValueError(f"--basis_aware truncates in the place of --{others[0]}; leave one of them out")
+    from softrl.contexts.basis_aware import basis_aware
+    from softrl.generation.basis_aware import truncated_by
+
+    names = {"rule": "rule", "directions": "num_directions", "candidates": "max_candidates"}
+    values = {names[name.removeprefix("basis_aware_")]: getattr(given, name) for name in beside}
+    rule = basis_aware(policy, given.basis_aware, **values)
+    return truncated_by(rule, decoding), rule
 
 
 def read_prompts(given: argparse.Namespace) -> list[Any]:

@@ -157,6 +157,7 @@ def _generated(given: argparse.Namespace, of_generation: list[str]) -> tuple[Any
 
 def _run(asked: argparse.Namespace, model: Any, tokenizer: Any, decoding: Any, name: str) -> Any:
     """A model's run of the prompt, as `softrl generate` makes it."""
+    from softrl.cli.generate import basis_aware_of
     from softrl.generation.soft_generate import soft_generate
     from softrl.models.policy import Policy, check_policy
     from softrl.studies.inspect_run import line_of, run_of
@@ -166,6 +167,7 @@ def _run(asked: argparse.Namespace, model: Any, tokenizer: Any, decoding: Any, n
 
     policy = Policy(model)
     check_policy(policy)
+    decoding, _ = basis_aware_of(asked, policy, decoding)
     prompt = [{"role": "user", "content": asked.prompt[0]}] if asked.chat else asked.prompt[0]
     made = prompt_batch([{"prompt": prompt, INDEX_COLUMN: 0}], tokenizer, 1, None, next(model.parameters()).device)
     record = soft_generate(

@@ -4,9 +4,9 @@ The theorem: a model that minimises cross-entropy has `Wᵀp = Wᵀp̂` for the 
 assumes `p <= p̂ / (1−τ)`. Where no such p has `p_i = 0`, token i has true probability. It is about the model's own
 probabilities, at temperature 1, of a model trained by cross-entropy.
 
-Only tokens below τ need a program. `best` asks in the order of any scores and stops as soon as it can, which makes
-hard sampling cheap and leaves it exact: perturbed log-probabilities (Gumbel-max), asked from the top, give a draw from
-the accepted tokens, renormalised. `mask` asks about all of them, or the likeliest `max_candidates`.
+Only tokens below τ need a program. `mask` asks about all of them, or the likeliest `max_candidates`. `best` asks about
+the same tokens in the order of any scores and stops as soon as it can, which makes hard sampling cheap and leaves it
+exact: perturbed log-probabilities (Gumbel-max), asked from the top, give a draw from what `mask` leaves, renormalised.
 Source: Finlayson et al. (2024), arXiv:2310.01693; BA-η's τ: Hewitt et al. (2022), arXiv:2210.15191.
 """
 
@@ -43,6 +43,13 @@ class Counts:
     failed: int = 0
     greedy: int = 0
 
+    def __str__(self) -> str:
+        """For people."""
+        return (
+            f"{self.contexts} distributions; {self.asked} tokens below tau asked about, {self.accepted} of them "
+            f"accepted, {self.failed} without a verdict; {self.greedy} times none was, and the likeliest taken"
+        )
+
 
 @dataclass(eq=False)  # an identity: settings that hold one can be compared and hashed
 class BasisAware:
@@ -52,8 +59,8 @@ class BasisAware:
         directions: of the model, see `basis_directions`.
         epsilon: τ itself for BA-τ; for BA-η `τ = min(ε, √ε e^{−H})`, H the entropy in nats.
         rule: "tau" or "eta".
-        max_candidates: `mask` asks about this many of the likeliest tokens below τ and rejects the others; None asks
-            about all.
+        max_candidates: this many of the likeliest tokens below τ may be accepted, all others are rejected; None asks
+            about all, which only `best` does at a bearable price.
     Raises:
         ValueError: ε outside (0, 1), an unknown rule, or max_candidates < 1.
     """
@@ -129,14 +136,20 @@ class BasisAware:
         programs = self.programs(logits)
         self.counts.contexts += len(logits)
         kept = programs.probs > programs.tau[:, None]
-        below = programs.probs.masked_fill(kept, 0.0)
-        most = int((below > 0.0).sum(-1).max())
-        most = most if self.max_candidates is None else min(most, self.max_candidates)
-        if most > 0:
-            values, tokens = below.topk(most, dim=-1)
-            found = self._verdicts(programs, tokens, values > 0.0)
+        tokens, is_below = self._candidates(programs.probs, kept)
+        if tokens.shape[1] > 0:
+            found = self._verdicts(programs, tokens, is_below)
             kept = kept.scatter(1, tokens, found.accepted | kept.gather(1, tokens))
         return self._or_greedy(kept, programs.probs)
+
+    def _candidates(
+        self, probs: Float[Tensor, "N V"], is_above: Bool[Tensor, "N V"]
+    ) -> tuple[Int[Tensor, "N C"], Bool[Tensor, "N C"]]:
+        """Ids that a verdict is asked for, the likeliest first, and where they are not only filled up."""
+        below = probs.masked_fill(is_above, 0.0)
+        most = int((below > 0.0).sum(-1).max())
+        values, tokens = below.topk(most if self.max_candidates is None else min(most, self.max_candidates), dim=-1)
+        return tokens, values > 0.0
 
     def _or_greedy(self, kept: Bool[Tensor, "N V"], probs: Float[Tensor, "N V"]) -> Bool[Tensor, "N V"]:
         is_empty = ~kept.any(-1)
@@ -155,7 +168,7 @@ class BasisAware:
         programs = self.programs(logits)
         self.counts.contexts += len(logits)
         chosen = programs.probs.argmax(-1)
-        scores, rows = scores.clone(), torch.arange(len(logits), device=logits.device)
+        scores, rows = self._askable(programs, scores), torch.arange(len(logits), device=logits.device)
         size = 1
         while len(rows):
             values, tokens = scores[rows].topk(min(size, scores.shape[1]), dim=-1)
@@ -169,6 +182,15 @@ class BasisAware:
             rows = rows[~has_one & is_there.all(-1)]
             size *= 4
         return chosen
+
+    def _askable(self, programs: Programs, scores: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """The scores, as a copy, −inf where `max_candidates` leaves no verdict to ask for."""
+        if self.max_candidates is None:
+            return scores.clone()
+        is_above = programs.probs > programs.tau[:, None]
+        tokens, is_below = self._candidates(programs.probs, is_above)
+        askable = is_above.scatter(1, tokens, is_below | is_above.gather(1, tokens))
+        return scores.masked_fill(~askable, -torch.inf)
 
 
 def basis_aware(

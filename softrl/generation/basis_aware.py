@@ -1,4 +1,4 @@
-"""Basis-aware truncation as a transformers `LogitsProcessor`.
+"""Basis-aware truncation as a transformers `LogitsProcessor`, and in settings of soft decoding.
 
     processor = BasisAwareLogitsProcessor(model, epsilon=0.002)
     model.generate(**inputs, do_sample=True, top_k=0, logits_processor=LogitsProcessorList([processor]))
@@ -11,6 +11,7 @@ come before it, and their scores are no longer the model's probabilities; where 
 a token. "mask" removes what is not accepted and leaves the choice to `generate`: it asks about many tokens.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from softrl.contexts.basis_aware import BasisAware, Counts, basis_aware
+from softrl.generation.soft_settings import Phase, SoftDecoding
 from softrl.models.policy import Policy
 
 
@@ -27,7 +29,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
 
     Args:
         model: a causal LM; its directions are computed here, once.
-        epsilon, rule, num_directions, representation, max_candidates: see `basis_aware`.
+        epsilon, rule, num_directions, representation: see `basis_aware`.
+        max_candidates: of "mask", see `BasisAware`. A draw is from all accepted tokens.
         how: "draw" or "mask".
         temperature: of the accepted tokens, for "draw"; `generate`'s own comes too late for it.
         seed: of the draws.
@@ -53,9 +56,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
             raise ValueError(f"temperature must be positive, got {temperature}")
         if how == "mask" and temperature != 1.0:
             raise ValueError(f"temperature={temperature} is for how='draw'; with 'mask' pass it to generate")
-        self.rule: BasisAware = basis_aware(
-            Policy(model), epsilon, rule, num_directions, representation, max_candidates
-        )
+        candidates = max_candidates if how == "mask" else None
+        self.rule: BasisAware = basis_aware(Policy(model), epsilon, rule, num_directions, representation, candidates)
         self.how, self.temperature, self.seed = how, temperature, seed
         self._generator: torch.Generator | None = None
 
@@ -74,3 +76,26 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         uniform = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self._generator)
         drawn = self.rule.best(scores, scores.float() / self.temperature - uniform.log())
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
+
+
+def truncated_by(rule: BasisAware, decoding: SoftDecoding) -> SoftDecoding:
+    """Settings whose draws and soft tokens are truncated by the rule; the likeliest tokens stay as they are.
+
+    Args:
+        rule: of the model that is to decode. Its `max_candidates` is for soft tokens; draws are from all accepted
+            tokens. Both count in `rule.counts`.
+        decoding: other settings.
+    Raises:
+        ValueError: they truncate by top-k (draws), top-p or min-p.
+    """
+
+    def phase(given: Phase) -> Phase:
+        if given.relaxation is not None:
+            truncation = replace(given.relaxation.truncation, support=rule)
+            return replace(given, relaxation=replace(given.relaxation, truncation=truncation))
+        if given.next_token.greedy:
+            return given
+        return replace(given, next_token=replace(given.next_token, support=replace(rule, max_candidates=None)))
+
+    answer = None if decoding.answer is None else phase(decoding.answer)
+    return replace(decoding, thinking=phase(decoding.thinking), answer=answer)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softrl.tokens.noise import SequenceRandom
-from softrl.tokens.truncation import Truncation, largest, sampler_log_probs
+from softrl.tokens.truncation import SupportRule, Truncation, chosen, largest
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class NextToken:
         temperature: the distribution is `softmax(log p / temperature)`.
         top_k: keep the k likeliest tokens (and those that are as likely as the k-th); None keeps all.
         top_p, min_p: see `Truncation`.
+        support: a rule in the place of these three. It judges the distribution before the temperature.
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or another rule beside `support`.
     """
 
     greedy: bool = False
@@ -28,16 +29,19 @@ class NextToken:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    support: SupportRule | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be positive, got {self.temperature}; for the likeliest, pass greedy")
+        if self.support is not None and self.top_k is not None:
+            raise ValueError(f"top_k={self.top_k} beside support: give it alone, top_k=None")
         _ = self.truncation  # which checks the others
 
     @property
     def truncation(self) -> Truncation:
         """Nucleus rules, and k as a number."""
-        return Truncation(1 if self.top_k is None else self.top_k, self.top_p, self.min_p)
+        return Truncation(1 if self.top_k is None else self.top_k, self.top_p, self.min_p, self.support)
 
     def choose(self, log_probs: Float[Tensor, "N V"], random: SequenceRandom) -> Int[Tensor, "N"]:
         """A token a row; a draw takes V numbers of its row's stream, whatever the rules leave."""
@@ -47,5 +51,5 @@ class NextToken:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = largest(logits, self.top_k)[0][:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
-        scores = sampler_log_probs(logits, self.truncation)
-        return (scores + random.gumbel(scores.shape[-1], scores.dtype)).argmax(-1)
+        judged = logits if self.support is None else log_probs
+        return chosen(judged, self.truncation, logits + random.gumbel(logits.shape[-1], logits.dtype))

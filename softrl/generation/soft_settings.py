@@ -37,10 +37,10 @@ class Phase:
 
     def __post_init__(self) -> None:
         given = self.next_token
-        if self.relaxation is not None and (given.top_k is not None or given.top_p < 1.0 or given.min_p > 0.0):
+        if self.relaxation is not None and (given.top_k is not None or given.truncation.has_nucleus):
             raise ValueError(
-                f"next_token has top_k={given.top_k}, top_p={given.top_p} and min_p={given.min_p} beside "
-                f"relaxation {self.relaxation.name!r}; relaxation.truncation is what truncates soft tokens"
+                f"next_token has top_k={given.top_k} and {given.truncation} beside relaxation "
+                f"{self.relaxation.name!r}; relaxation.truncation is what truncates soft tokens"
             )
 
     @property

@@ -11,7 +11,7 @@ from softrl.masking import is_any_of, mask_through_eos
 from softrl.models.policy import Policy, evaluating
 from softrl.rollouts.soft import check_rollout
 from softrl.tokens.noise import SequenceRandom
-from softrl.tokens.truncation import Truncation, sampler_log_probs
+from softrl.tokens.truncation import Truncation, chosen
 from softrl.types import HardRollout, Prompts
 
 
@@ -50,10 +50,9 @@ def hard_rollout(
         hidden, state = policy.begin(prompts, num_samples, capacity=num_steps)
         ended = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         for step in range(num_steps):
-            scores = sampler_log_probs(policy.head(hidden), truncation)
-            if not greedy:
-                scores = scores + random.gumbel(scores.shape[-1], scores.dtype)
-            tokens.append(scores.argmax(-1))
+            logits = policy.head(hidden)
+            scores = logits if greedy else logits + random.gumbel(logits.shape[-1], logits.dtype)
+            tokens.append(chosen(logits, truncation, scores))
             ended |= is_any_of(tokens[-1], eos_ids)
             if step == num_steps - 1 or not policy.largest(float(not ended.all())):
                 break

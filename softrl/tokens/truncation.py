@@ -22,6 +22,9 @@ class SupportRule(Protocol):
     def mask(self, logits: Float[Tensor, "N V"]) -> Bool[Tensor, "N V"]:
         """The tokens it leaves, at least one a row, of logits at temperature 1 up to a constant."""
 
+    def best(self, logits: Float[Tensor, "N V"], scores: Float[Tensor, "N V"]) -> Int[Tensor, "N"]:
+        """The token of the highest score among those that it leaves; cheaper than the mask where few are asked for."""
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -92,6 +95,21 @@ def nucleus(logits: Float[Tensor, "N V"], truncation: Truncation) -> Bool[Tensor
         inside[..., 0] = True
         kept &= torch.zeros_like(kept).scatter(-1, order, inside)
     return kept
+
+
+def chosen(logits: Float[Tensor, "N V"], truncation: Truncation, scores: Float[Tensor, "N V"]) -> Int[Tensor, "N"]:
+    """The token of the highest score among those that the rules leave.
+
+    Args:
+        logits: by which the rules judge.
+        truncation: its nucleus rules.
+        scores: log p for the likeliest; with Gumbel noise (Gumbel-max) the token is a draw.
+    """
+    if truncation.support is not None:
+        return truncation.support.best(logits, scores)
+    if truncation.has_nucleus:
+        scores = scores.masked_fill(~nucleus(logits, truncation), -torch.inf)
+    return scores.argmax(-1)
 
 
 def sampler_log_probs(

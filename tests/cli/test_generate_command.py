@@ -17,6 +17,7 @@ from trainers.tiny import CHAT_TEMPLATE, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from softrl.cli.generate import decoding_of, main, make_parser
+from softrl.contexts.basis_aware import basis_aware
 from softrl.generation.next_token import NextToken
 from softrl.generation.soft_arguments import decoding_from
 from softrl.generation.soft_generate import soft_generate
@@ -194,6 +195,23 @@ def test_architectures_of_ours_in_a_process_of_their_own(tmp_path):
     assert done.stdout == f"{PROMPTS[0]}{texts(record)[0]}\n"
 
 
+def test_basis_aware_truncation(folder, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rule = basis_aware(Policy(model), 0.3, "tau", 4, max_candidates=5)
+    options = ["--basis_aware", 0.3, "--basis_aware_rule", "tau", "--basis_aware_directions", 4]
+    drawn = SoftDecoding(Phase(None, NextToken(support=replace(rule, max_candidates=None))))
+    record = written(folder, drawn)
+    run("--model", folder, *GIVEN, "--hard", "--do_sample", "--max_new_tokens", 8, *options)
+    captured = capsys.readouterr()
+    assert captured.out == blocks(PROMPTS, record)
+    assert f"basis-aware truncation: {rule.counts}" in captured.err
+    assert rule.counts.asked > 0
+    assert texts(record) != texts(written(folder, SoftDecoding(Phase(None, NextToken()))))
+    soft = SoftDecoding(Phase(SoftmaxMixture(Truncation(10, support=rule), 1.0, 0.5)))
+    run("--model", folder, *GIVEN, "--max_new_tokens", 8, *options, "--basis_aware_candidates", 5)
+    assert capsys.readouterr().out == blocks(PROMPTS, written(folder, soft))
+
+
 def test_stop_strings(folder, tmp_path, capsys):
     model, tokenizer = byte_model().float(), byte_tokenizer()
     model.save_pretrained(tmp_path)
@@ -226,6 +244,12 @@ def test_stop_strings(folder, tmp_path, capsys):
         (["--model", "/nowhere"], "nowhere"),
         (["--max_entropy_nats", "7"], "max_entropy_nats must lie in (0, log K)"),
         (["--soft_top_k", "many"], "invalid int value"),
+        (["--basis_aware", "2"], "epsilon must lie in (0, 1), got 2.0"),
+        (["--basis_aware", "0.1", "--soft_min_p", "0.1"], "in the place of --soft_min_p; leave one of them out"),
+        (["--basis_aware", "0.1", "--hard"], "with --hard give --do_sample"),
+        (["--basis_aware", "0.1", "--temperature", "0.7"], "the sampling temperature is 0.7"),
+        (["--basis_aware", "0.1", "--basis_aware_directions", "99"], "num_directions must lie between 1 and"),
+        (["--basis_aware_rule", "tau"], "give --basis_aware EPSILON as well"),
     ],
 )
 def test_mistakes_are_said_and_end_with_two(folder, capsys, words, message):

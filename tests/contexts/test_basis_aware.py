@@ -60,8 +60,9 @@ def test_fewer_candidates_reject_more():
     assert few.sum() < many.sum()
 
 
-def test_best_is_the_best_of_the_mask_for_any_scores():
-    weight, rule = _rule(max_candidates=None)
+@pytest.mark.parametrize("max_candidates", [None, 3])
+def test_best_is_the_best_of_the_mask_for_any_scores(max_candidates):
+    weight, rule = _rule(max_candidates=max_candidates)
     logits = 1.2 * _drawn(40, 12, seed=4) @ weight.T
     kept = rule.mask(logits)
     for seed in range(3):

@@ -6,7 +6,7 @@ from helpers import llama
 from transformers import LogitsProcessorList
 
 from softrl.contexts.basis_aware import basis_aware
-from softrl.generation.basis_aware import BasisAwareLogitsProcessor
+from softrl.generation.basis_aware import BasisAwareLogitsProcessor, truncated_by
 from softrl.generation.next_token import NextToken
 from softrl.generation.soft_generate import soft_generate
 from softrl.generation.soft_settings import Phase, SoftDecoding
@@ -131,6 +131,41 @@ def test_soft_generate_keeps_what_the_rule_leaves():
     assert (first.softmax(-1).gather(-1, text.ids[:, 0])[inside] <= 0.06).any()  # below τ, and kept
 
 
+@torch.no_grad()
+def test_settings_truncated_by_a_rule():
+    """Draws at any temperature and soft tokens are truncated, each as the rule says; the likeliest stay."""
+    model = _model()
+    policy, prompts = Policy(model), _prompts(model)
+    rule = basis_aware(policy, **{**SETTINGS, "max_candidates": 2})
+    everything = basis_aware(policy, **SETTINGS)
+    hot = SoftDecoding(Phase(None, NextToken(temperature=1.5)))
+    text = soft_generate(policy, prompts, 6, truncated_by(rule, hot), num_samples=20, find_nearest=False)
+    allowed, masks = _allowed(model, torch.cat([text.prompts.ids, text.tokens], 1), 4, everything)
+    assert allowed.all()
+    assert not masks.all()
+    few, _ = _allowed(model, torch.cat([text.prompts.ids, text.tokens], 1), 4, rule)
+    assert not few.all()  # draws are not bound to two tokens below τ
+    assert rule.counts.contexts == 40 * 6 + 40 * 6  # drawing, and looking just now
+    greedy = SoftDecoding(Phase(make_relaxation("softmax", Truncation(16))), Phase(None, NextToken(greedy=True)))
+    both = truncated_by(rule, greedy)
+    assert both.thinking.relaxation.truncation == Truncation(16, support=rule)
+    assert both.answer == greedy.answer
+
+
+def test_a_cool_draw_is_of_the_accepted_tokens_cooled():
+    """20,000 draws of one context against exact probabilities, within 5 standard errors of each (fixed seed)."""
+    model = _model()
+    rule = basis_aware(Policy(model), **SETTINGS)
+    logits = model(input_ids=_prompts(model).ids[:1]).logits[:, -1].detach()
+    expected = (logits / 0.7).masked_fill(~rule.mask(logits), -torch.inf).softmax(-1)[0]
+    random = SequenceRandom.keyed(0, 0, [0], 20_000, torch.device("cpu"))
+    drawn = NextToken(temperature=0.7, support=rule).choose(logits.expand(20_000, -1), random)
+    share = torch.bincount(drawn, minlength=len(expected)) / 20_000
+    error = (expected * (1 - expected) / 20_000).sqrt()
+    assert ((share - expected).abs() <= 5 * error).all()
+    assert 1 < int((expected > 0).sum()) < len(expected)
+
+
 def test_other_temperatures_are_refused(tmp_path):
     model = _model()
     rule = basis_aware(Policy(model), **SETTINGS)
@@ -146,3 +181,7 @@ def test_other_temperatures_are_refused(tmp_path):
         soft_generate(Policy(model), prompts, 2, SoftDecoding(phase))
     with pytest.raises(ValueError, match="beside support"):
         Truncation(4, top_p=0.9, support=rule)
+    with pytest.raises(ValueError, match="top_k=5 beside support"):
+        NextToken(top_k=5, support=rule)
+    with pytest.raises(ValueError, match=r"relaxation\.truncation is what truncates"):
+        Phase(make_relaxation("softmax", truncation), NextToken(support=rule))
