@@ -44,8 +44,8 @@ class Settings:
     num_directions: int = 20
     representation: str = "before_norm"
     texts: int = 16
-    tokens: int = 64
-    samples: int = 256
+    tokens: int = 48
+    samples: int = 192
     cost_directions: tuple[int, ...] = (5, 20, 80)
     programs: int = 100
     time_limit_seconds: float = 60.0

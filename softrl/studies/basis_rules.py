@@ -133,7 +133,7 @@ class Prefixes:
 
 @torch.no_grad()
 def accepted_weights(
-    rule: BasisAware, logits: Float[Tensor, "N V"], num_likeliest: int = 32, num_drawn: int = 32, seed: int = 0
+    rule: BasisAware, logits: Float[Tensor, "N V"], num_likeliest: int = 24, num_drawn: int = 24, seed: int = 0
 ) -> Float[Tensor, "N V"]:
     """Accepted tokens, as weights whose sums are unbiased for sums over all accepted ones.
 
@@ -154,7 +154,9 @@ def accepted_weights(
     rest = below.scatter(1, tokens, 0.0)
     generator = torch.Generator(logits.device).manual_seed(seed)
     drawn = rest.clamp(min=1e-300).multinomial(max(1, num_drawn), replacement=True, generator=generator)
-    found = rule.verdicts(logits, torch.cat([tokens, drawn], 1), torch.cat([values > 0.0, rest.gather(1, drawn) > 0], 1))
+    found = rule.verdicts(
+        logits, torch.cat([tokens, drawn], 1), torch.cat([values > 0.0, rest.gather(1, drawn) > 0], 1)
+    )
     is_accepted = found.accepted.to(probs)
     weights = kept.to(probs).scatter_add(1, tokens, is_accepted[:, : tokens.shape[1]] * (values > 0.0))
     each = rest.sum(-1, keepdim=True) / (num_drawn * rest.gather(1, drawn).clamp(min=1e-300)) if num_drawn else 0.0
@@ -213,7 +215,7 @@ class Comparison:
     rows: list[Rule]
 
 
-def compare_rules(contexts: Contexts, rule: BasisAware, num_likeliest: int = 32, num_drawn: int = 32) -> Comparison:
+def compare_rules(contexts: Contexts, rule: BasisAware, num_likeliest: int = 24, num_drawn: int = 24) -> Comparison:
     """Basis-aware truncation, and top-p and η at its mean entropy, on contexts whose next token is known."""
     logits, true_tokens = contexts.logits, contexts.true_tokens
     pieces, accepts = [], []
