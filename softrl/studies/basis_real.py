@@ -184,6 +184,6 @@ def compare_program(rule: BasisAware, logits: Float[Tensor, "V"], token: int, ti
     y = found.certificate[0, 0].cpu().numpy()
     return Program(
         float(probs[token]), tau, float(exact.upper[0, 0]), threshold, bool(found.accepted[0, 0]),
-        threshold < probs[token], certified_threshold(programs.directions.cpu().numpy(), probs, token, tau, y),
+        bool(threshold < probs[token]), certified_threshold(programs.directions.cpu().numpy(), probs, token, tau, y),
         seconds, highs,
     )  # fmt: skip

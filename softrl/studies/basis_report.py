@@ -45,8 +45,8 @@ TITLES = {
     "samples": "What is written",
 }
 _CAPTIONS = {
-    "tiny": "Accepted tokens by constraint set, sums over seeds; an impossible token has true probability 0. Below: with "
-    "the k leading directions.",
+    "tiny": "Accepted tokens by constraint set, sums over seeds; an impossible token has true probability 0. "
+    "Below: with the k leading directions.",
     "scaling": "Seconds a program: rows of the model's output embedding, beyond its own V with noise.",
     "cost": "Milliseconds a token of draws, one text at a time; right: the same programs by both solvers.",
     "rules": "Left: true next tokens kept, matched in mean entropy but for the last. Right: kept tokens beside η.",

@@ -3,12 +3,23 @@
 import pytest
 import torch
 
-from softrl.studies.basis_tiny import TinyModel, smallest_tau, sparse_distributions, tiny_check, trained
+from softrl.contexts.basis_reference import reference_threshold
+from softrl.contexts.basis_thresholds import Programs
+from softrl.studies.basis_tiny import (
+    TinyModel,
+    _nested,
+    accepted_tokens,
+    smallest_tau,
+    sparse_distributions,
+    tiny_check,
+    trained,
+)
 
 
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 def test_only_the_constraints_before_the_norm_are_sound(norm):
-    by_name = {result.constraints: result for result in tiny_check(norm, num_contexts=24, seed=1)}
+    results, nested = tiny_check(norm, num_contexts=24, seed=1)
+    by_name = {result.constraints: result for result in results}
     output, before, joint = (by_name[name] for name in ("output", "before_norm", "joint"))
     assert output.num_contexts >= 20
     assert all(by_name[name].false == 0 for name in ("before_norm", "input", "joint"))
@@ -18,7 +29,31 @@ def test_only_the_constraints_before_the_norm_are_sound(norm):
     else:
         assert output.accepted > 1.5 * before.accepted  # deep never accepts more than W
         assert output.false >= 3
-    assert abs(joint.accepted - before.accepted) <= 1  # the input's constraints are implied
+    assert joint.accepted == before.accepted  # the input's constraints are implied
+    assert [row.violations for row in nested] == [0] * len(nested)
+    assert {("threshold", "output, k=1"), ("output, k=4", "output"), ("before_norm", "output")} <= {
+        (row.smaller, row.larger) for row in nested
+    }
+    counts = [row.tokens_larger for row in nested if row.larger.startswith("output")][:5]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] == output.accepted  # k = 1 to 5
+
+
+def test_what_is_not_nested_is_counted():
+    """Two sets of constraints that have nothing to do with each other."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.randn(6, 16, generator=generator, dtype=torch.float64).softmax(-1)
+    first, second = (torch.randn(6, 16, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    tau = torch.full((6,), 0.3, dtype=torch.float64)
+    sets = {name: accepted_tokens(Programs(each, probs, tau))[0] for name, each in (("a", first), ("b", second))}
+    row = _nested("none", 0, sets, "a", "b")
+    expected = sum(bool(sets["a"][n, i]) and not bool(sets["b"][n, i]) for n in range(6) for i in range(16))
+    assert row.violations == expected > 0
+    for context in range(6):
+        for token in range(16):
+            program = (first[context].numpy(), probs[context].numpy(), token, 0.3)
+            is_certain = reference_threshold(*program).threshold < float(probs[context, token])
+            assert bool(sets["a"][context, token]) == is_certain
 
 
 def test_training_ends_where_the_theorem_begins():
