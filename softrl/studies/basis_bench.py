@@ -50,7 +50,7 @@ class Settings:
     programs: int = 100
     time_limit_seconds: float = 60.0
     seeds: int = 3
-    vocab_sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    vocab_sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 49152, 131072)
     scaled_directions: tuple[int, ...] = (5, 10, 20, 40, 80)
     scaled_programs: int = 15
     highs_programs: int = 3

@@ -1,5 +1,6 @@
 """The figures of `softrl study basis-aware`: one PNG a part."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,10 +8,10 @@ import numpy as np
 
 from softrl.studies.basis_real import Cost, Program
 from softrl.studies.basis_rules import ContextRow, Rule
-from softrl.studies.basis_samples import ERRORS_AWAY, HUMAN, MEASURES, Difference, SampleRow
+from softrl.studies.basis_samples import HUMAN, MEASURES, Difference, SampleRow
 from softrl.studies.basis_scaling import Scaling
 from softrl.studies.basis_tiny import Nested, TinyResult
-from softrl.studies.variance_style import COLOURS, MARKERS, place_labels, pyplot, styles
+from softrl.studies.variance_style import COLOURS, MARKERS, Style, pyplot, styles
 
 NAMES = {
     "output": "W itself\n(published)", "before_norm": "before\nthe norm", "input": "at the\ninput",
@@ -123,19 +124,24 @@ def cost(rows: Sequence[Cost], programs: Sequence[Program]) -> Any:
     """Milliseconds a token by k, and seconds of single programs by both solvers."""
     figure, (axes,) = _panels(2, 10.0, 3.6, width_ratios=[3, 2])
     left, right = axes
+    rows = sorted(rows, key=lambda row: row.num_directions)
     names = [f"{row.rule}, k = {row.num_directions}" if row.num_directions else row.rule for row in rows]
     draws, others = ([1e3 * getattr(row, key) for row in rows] for key in _SECONDS)
     left.barh(names, draws, color=COLOURS[0], label="truncation and draw")
     left.barh(names, others, left=draws, color="0.8", label="model")
     for place, row in enumerate(rows):
-        share = "" if np.isnan(row.accepted) else f", {row.accepted:.0%} of {row.asked_per_token:.2f} accepted"
-        left.text(
-            0.01 * (draws[0] + others[0]), place, f"{draws[place]:.1f} ms{share}", va="center", fontsize=8,
+        text = f"{draws[place]:.1f} ms"
+        if row.num_directions:
+            text += f"; {row.asked_per_token:.2f} verdicts a token"
+            text += "" if np.isnan(row.accepted) else f", {row.accepted:.0%} accepted"
+        left.annotate(
+            text, (0.0, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
     left.invert_yaxis()
-    left.set_xlabel("milliseconds a token; tokens below τ that a verdict was asked for, a token")
+    left.set_xlabel("milliseconds a token, one text at a time")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    right.set_title("the same programs by both solvers", fontsize=10)
     seconds = [[row.seconds for row in programs], [row.highs_seconds for row in programs]]
     generator = np.random.default_rng(0)
     for place, (values, look) in enumerate(zip(seconds, styles(["ours", "HiGHS"]).values(), strict=True)):
@@ -164,6 +170,8 @@ def rules(rows: Sequence[Rule], contexts: Sequence[ContextRow]) -> Any:
     labels = [f"{row.rule}\n{row.entropy_nats:.2f} nats, {row.kept:.0f} tokens" for row in rows]
     shares.set_yticks(range(len(rows)), labels)
     shares.set_ylim(len(rows) - 0.5, -0.5)
+    shares.set_title("all but the last at equal mean entropy", fontsize=10)
+    scatter.set_title("tokens kept, a point each context", fontsize=10)
     shares.set_xlabel("share of true next tokens kept, ± 1 standard error")
     kept = [(row.kept_eta, row.kept_basis) for row in contexts]
     scatter.scatter(*zip(*kept, strict=True), s=10, color=COLOURS[0], alpha=0.5, linewidths=0)
@@ -171,8 +179,8 @@ def rules(rows: Sequence[Rule], contexts: Sequence[ContextRow]) -> Any:
     scatter.plot(ends, ends, color="0.3", linestyle="--", linewidth=1.0)
     scatter.set_xscale("log")
     scatter.set_yscale("log")
-    scatter.set_xlabel("tokens that η keeps, a point each context")
-    scatter.set_ylabel("tokens that the basis-aware rule keeps")
+    scatter.set_xlabel("by η at equal mean entropy")
+    scatter.set_ylabel("by the basis-aware rule")
     return figure
 
 
@@ -181,32 +189,44 @@ def samples(rows: Sequence[SampleRow], differences: Sequence[Difference]) -> Any
     figure, (axes,) = _panels(2, 11.0, 4.6, width_ratios=[1, 1.1])
     plane, errors = axes
     looks = styles([row.rule for row in rows])
-    for row in rows:
-        look = looks[row.rule]
-        gap = 0.0 if row.rule == HUMAN else row.nll_gap_se
+    for number, row in enumerate(rows):
+        look, gap = looks[row.rule], 0.0 if row.rule == HUMAN else row.nll_gap_se
         plane.errorbar(
             [row.nll_gap], [row.distinct_2], [row.distinct_2_se], [gap], color=look.colour, marker=look.marker,
-            capsize=3,
+            capsize=3, label=row.rule, markersize=9 - number, linewidth=1.2,
         )  # fmt: skip
-    plane.margins(0.25)
-    place_labels(plane, [(row.nll_gap, row.distinct_2) for row in rows], [row.rule for row in rows], size=9)
+    plane.margins(0.15)
     plane.set_xlabel("NLL a token less that of human text, nats\nnegative: likelier than human text")
-    plane.set_ylabel("distinct-2 of 16 texts, ± 1 standard error")
+    plane.set_ylabel("distinct-2 of 16 texts")
+    plane.set_title("quality against diversity, ± 1 standard error", fontsize=10)
     plane.axvline(0.0, color="0.3", linestyle="--", linewidth=1.0)
-    others = list(dict.fromkeys(row.rule for row in differences))
-    for number, name in enumerate(others):
-        own = {row.measure: row for row in differences if row.rule == name}
-        known = [(place, own[measure]) for place, measure in enumerate(MEASURES) if measure in own]
-        known = [(place, row) for place, row in known if row.error > 0]
-        look, offset = looks[name], 0.16 * (number - (len(others) - 1) / 2)
-        errors.plot(
-            [row.difference / row.error for _, row in known], [place + offset for place, _ in known],
-            linestyle="none", color=look.colour, marker=look.marker, label=name,
-        )  # fmt: skip
-    errors.axvspan(-ERRORS_AWAY, ERRORS_AWAY, color="0.92", zorder=0)
-    errors.set_xscale("symlog", linthresh=ERRORS_AWAY)
-    errors.set_yticks(range(len(MEASURES)), [LABELS[measure] for measure in MEASURES])
-    errors.set_ylim(len(MEASURES) - 0.5, -0.5)
-    errors.set_xlabel("difference to the basis-aware rule, in standard errors\ngrey: no difference seen")
-    figure.legend(*errors.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False, fontsize=9)
+    _differences(errors, differences, looks)
+    figure.legend(*plane.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure
+
+
+def _differences(axis: Any, differences: Sequence[Difference], looks: dict[str, Style]) -> None:
+    """Points in standard errors, and behind them, in grey, as many as a difference needs."""
+    others = list(dict.fromkeys(row.rule for row in differences))
+    for place, measure in enumerate(MEASURES):
+        own = [row for row in differences if row.measure == measure]
+        needed = max((row.errors_needed for row in own), default=0.0)
+        axis.barh([place], [2.0 * needed], left=[-needed], height=0.9, color="0.92", zorder=0)
+        for row in own:
+            look, offset = looks[row.rule], 0.18 * (others.index(row.rule) - (len(others) - 1) / 2)
+            away = row.difference / row.error if row.error > 0.0 else 0.0 if row.difference == 0.0 else math.nan
+            axis.plot([away], [place + offset], color=look.colour, marker=look.marker, markersize=5)
+    axis.axvline(0.0, color="0.3", linestyle="--", linewidth=1.0)
+    axis.set_xscale("symlog", linthresh=4.0)
+    ticks = [tick for tick in (-100, -30, -10, -4, -2, 0, 2, 4, 10, 30, 100) if _is_inside(axis, tick)]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(MEASURES)), [LABELS[measure] for measure in MEASURES])
+    axis.set_ylim(len(MEASURES) - 0.5, -0.5)
+    axis.set_title("difference to the basis-aware rule; grey: no difference seen", fontsize=10)
+    axis.set_xlabel("in standard errors")
+
+
+def _is_inside(axis: Any, tick: float) -> bool:
+    low, high = axis.get_xlim()
+    return bool(low <= tick <= high)

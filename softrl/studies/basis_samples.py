@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.stats import t
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,7 +39,7 @@ from softrl.types import HardRollout
 HUMAN = "human text"
 UNTRUNCATED = "no truncation"
 GROUP_TEXTS = 16  # of measures of sets; they depend on the size, so it is the same for all rules
-ERRORS_AWAY = 3.0  # of a difference that is reported: some thirty are looked at
+FALSE_ALARMS = 0.05  # chance that any of all differences is reported where there is none
 OF_TEXTS = ("nll_nats", "repetition")
 OF_GROUPS = ("distinct_1", "distinct_2", "distinct_3", "self_bleu", "frechet")
 MEASURES = (*OF_TEXTS, *OF_GROUPS)
@@ -121,14 +122,20 @@ class SampleRow:
 class Difference:
     """A rule's measure less the basis-aware rule's, paired by beginning or group.
 
-    `errors_away` is |difference| in standard errors.
+    Args:
+        rule, measure: whose and which.
+        difference, error: mean and its standard error.
+        errors_needed: how many of its errors away from zero counts: by Student's t for so many beginnings or groups,
+            and by Bonferroni for so many differences.
+        differs: it is as far away.
     """
 
     rule: str
     measure: str
     difference: float
     error: float
-    errors_away: float
+    errors_needed: float
+    differs: bool
 
 
 @dataclass(frozen=True)
@@ -272,12 +279,15 @@ def _row(name: str, parameter: float, entropy: float, written: Written, human: W
 
 def differences(written: Mapping[str, Written], basis: str) -> list[Difference]:
     """Of every other rule, human text included, to the basis-aware one."""
-    rows = []
-    for name in written:
-        for measure in MEASURES:
-            if name == basis or (name == HUMAN and measure == "frechet"):
-                continue
-            pairs = zip(written[name].values[measure], written[basis].values[measure], strict=True)
-            mean, error = mean_and_error(one - other for one, other in pairs)
-            rows.append(Difference(name, measure, mean, error, abs(mean) / error if error > 0 else float("nan")))
-    return rows
+    pairs = [
+        (name, measure) for name in written for measure in MEASURES
+        if name != basis and (name, measure) != (HUMAN, "frechet")
+    ]  # fmt: skip
+    return [_difference(written, basis, *pair, len(pairs)) for pair in pairs]
+
+
+def _difference(written: Mapping[str, Written], basis: str, name: str, measure: str, number: int) -> Difference:
+    values, others = written[name].values[measure], written[basis].values[measure]
+    mean, error = mean_and_error(one - other for one, other in zip(values, others, strict=True))
+    needed = float(t.ppf(1.0 - FALSE_ALARMS / (2.0 * number), max(1, len(values) - 1)))
+    return Difference(name, measure, mean, error, needed, error > 0.0 and abs(mean) > needed * error)

@@ -123,21 +123,26 @@ def test_differences_are_paired():
         return Written(["", ""], [(), ()], {name: list(values) for name in MEASURES})
 
     rows = differences({HUMAN: written(0.0, 0.0), "b": written(1.0, 5.0), "other": written(2.0, 9.0)}, "b")
+    clear = {"b": written(*range(9)), "other": written(*(i + 1.0 + 0.1 * (i % 2) for i in range(9)))}
+    assert all(row.differs for row in differences(clear, "b"))
     found = {(row.rule, row.measure): row for row in rows}
     row = found["other", "nll_nats"]
-    assert (row.difference, row.error) == (2.5, 1.5)  # 1 and 4
-    assert row.errors_away == pytest.approx(2.5 / 1.5)
+    assert (row.difference, row.error, row.differs) == (2.5, 1.5, False)  # 1 and 4
+    # Student's t of one degree of freedom is Cauchy's: its quantiles are tangents
+    assert row.errors_needed == pytest.approx(math.tan(math.pi * (0.5 - 0.05 / (2 * len(rows)))))
+    assert len(rows) == 2 * len(MEASURES) - 1
     assert (HUMAN, "nll_nats") in found
     assert (HUMAN, "frechet") not in found
     assert not any(row.rule == "b" for row in rows)
 
 
 def test_sentences_say_what_differs():
-    def difference(measure, mean):
-        return Difference("eta", measure, mean, 0.1, abs(mean) / 0.1)
+    def difference(measure, mean, rule="eta"):
+        return Difference(rule, measure, mean, 0.1, 3.0, abs(mean) > 0.3)
 
-    (line,) = summary_lines({"differences": [difference("nll_nats", 0.29), difference("self_bleu", 0.2)]})
-    assert line.endswith("no difference seen (largest of 2: 2.9)")
+    few = [difference("nll_nats", 0.29), difference("self_bleu", 0.2), difference("nll_nats", 9.0, HUMAN)]
+    (line,) = summary_lines({"differences": few})
+    assert line.endswith("no difference seen in 2 measures")
     (line,) = summary_lines({"differences": [difference("nll_nats", -0.31), difference("self_bleu", 0.2)]})
     assert line.endswith("NLL a token -0.310 ± 0.100")
     basis = Rule("basis-aware eta", 0.003, 1000, 2.0, 50.0, 0.9, 0.9, 0.0, 0.0, 3.0, 4.0, 1.0, 0.0)
@@ -169,7 +174,9 @@ def test_a_run_goes_on_and_refuses_other_settings(tmp_path, monkeypatch):
     assert lines[-1].startswith("Nested as theory says: 0 violations among ")
     assert run(replace(settings, samples=5), ["tiny"], tmp_path) == lines  # which the part does not depend on
     assert asked == [2]
-    with pytest.raises(ValueError, match=r"other settings \(seeds: 2, now 3\); give another --output_dir or delete it"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(seeds: 2, now 3\); give another --output_dir or delete it"
+    ):
         run(replace(settings, seeds=3), ["tiny"], tmp_path)
     (tmp_path / "parts" / "tiny.json").unlink()
     run(replace(settings, seeds=3), ["tiny"], tmp_path)
