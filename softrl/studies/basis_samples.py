@@ -5,7 +5,8 @@ between rules are paired by beginning. Quality: negative log-likelihood under th
 the human continuations (the gap is what counts: text can be too likely), and the Fréchet distance of embeddings to
 them. Diversity: distinct n-grams, Self-BLEU, repetition within a text. Measures of sets are of groups of texts, the
 groups being the independent units.
-Left out: ratings by people, and MAUVE.
+Left out: ratings by people, and MAUVE. Entropies are matched behind human text; behind its own text a rule may have
+another one.
 Source: the gap of perplexities: Holtzman et al. (2020), arXiv:1904.09751; the other measures: see their modules.
 """
 

@@ -29,9 +29,9 @@ def _rows(path):
 
 
 def test_real_programs_end_as_highs_says(tmp_path, capsys):
-    arguments = ["--texts", "1", "--tokens", "24", "--programs", "3", "--cost_directions", "5"]
+    arguments = ["--texts", "1", "--tokens", "16", "--programs", "2", "--cost_directions", "5"]
     assert main(["basis-aware", "--parts", "cost", *arguments, "--output_dir", str(tmp_path)]) == 0
-    assert "same verdict 3 of 3" in capsys.readouterr().out
+    assert "same verdict 2 of 2" in capsys.readouterr().out
     for row in _rows(tmp_path / "programs.csv"):
         level, tau, ours, highs, certified = (
             float(row[name]) for name in ("level", "tau", "ours", "highs", "certified")
@@ -41,10 +41,10 @@ def test_real_programs_end_as_highs_says(tmp_path, capsys):
     basis, fewer, top_p = _rows(tmp_path / "cost.csv")
     assert (basis["num_directions"], fewer["num_directions"], top_p["rule"]) == ("20", "5", "top-p 0.9")
     for row in (basis, fewer):
-        assert int(row["tokens"]) == 24
+        assert int(row["tokens"]) == 16
         assert int(row["failed"]) == 0
         assert float(row["solved_per_token"]) <= float(row["asked_per_token"])
-    assert float(basis["solved_per_token"]) >= 3 / 24  # there were programs to give to HiGHS
+    assert float(basis["solved_per_token"]) >= 2 / 16  # there were programs to give to HiGHS
     assert (tmp_path / "cost.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -101,7 +101,7 @@ def test_text_nll_is_the_models_own():
     given, tokens = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([[9, 10, 11], [12, 13, 14]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
     found = text_nll(Policy(model), given, tokens, mask)
-    log_probs = model(torch.cat([given, tokens], 1)).logits.log_softmax(-1)[:, 2:-1]
+    log_probs = model(torch.cat([given, tokens], 1)).logits.detach().log_softmax(-1)[:, 2:-1]
     each = -log_probs.gather(-1, tokens[..., None])[..., 0]
     assert found.tolist() == pytest.approx([float(each[0].mean()), float(each[1, :2].mean())])
 
