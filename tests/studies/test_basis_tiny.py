@@ -39,21 +39,33 @@ def test_only_the_constraints_before_the_norm_are_sound(norm):
     assert counts[0] < counts[-1] == output.accepted  # k = 1 to 5
 
 
-def test_what_is_not_nested_is_counted():
-    """Two sets of constraints that have nothing to do with each other."""
+def _random_programs(tau):
     generator = torch.Generator().manual_seed(0)
     probs = torch.randn(6, 16, generator=generator, dtype=torch.float64).softmax(-1)
-    first, second = (torch.randn(6, 16, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    tau = torch.full((6,), 0.3, dtype=torch.float64)
-    sets = {name: accepted_tokens(Programs(each, probs, tau))[0] for name, each in (("a", first), ("b", second))}
+    columns = [torch.randn(6, 16, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
+    return [Programs(each, probs, torch.full((6,), tau, dtype=torch.float64)) for each in columns]
+
+
+@pytest.mark.parametrize(("tau", "num_accepted", "needs_highs"), [(0.3, 20, False), (0.9999, 2, True)])
+def test_accepted_tokens_are_those_of_highs_where_our_solver_gives_up_too(tau, num_accepted, needs_highs):
+    programs = _random_programs(tau)[0]
+    accepted, settled = accepted_tokens(programs)
+    for context in range(6):
+        columns, probs = programs.directions[context].numpy(), programs.probs[context].numpy()
+        for token in range(16):
+            found = reference_threshold(columns, probs, token, tau)
+            assert bool(accepted[context, token]) == (found.threshold < probs[token])
+    assert int(accepted.sum()) == num_accepted
+    assert (settled > 0) == needs_highs
+
+
+def test_what_is_not_nested_is_counted():
+    """Two sets of constraints that have nothing to do with each other."""
+    sets = {name: accepted_tokens(each)[0] for name, each in zip("ab", _random_programs(0.3), strict=True)}
     row = _nested("none", 0, sets, "a", "b")
     expected = sum(bool(sets["a"][n, i]) and not bool(sets["b"][n, i]) for n in range(6) for i in range(16))
     assert row.violations == expected > 0
-    for context in range(6):
-        for token in range(16):
-            program = (first[context].numpy(), probs[context].numpy(), token, 0.3)
-            is_certain = reference_threshold(*program).threshold < float(probs[context, token])
-            assert bool(sets["a"][context, token]) == is_certain
+    assert row.tokens_smaller == 20
 
 
 def test_training_ends_where_the_theorem_begins():
