@@ -1,14 +1,14 @@
 """`softrl study basis-aware`: where basis-aware truncation is sound, what it costs, and what it accepts and writes.
 
-Parts, in their order, with minutes on two cores that had other work to do, so at most:
+Parts, in their order, with minutes on one idle core (from processor time; beside other work up to four times that):
 
 | part | what is measured | minutes |
 |---|---|---|
-| tiny | a model whose true distributions are known: accepted and false tokens, nestedness | MIN_TINY |
-| scaling | seconds a verdict against V and k, ours and HiGHS | MIN_SCALING |
-| cost | SmolLM2: seconds a drawn token by k; verdicts and seconds beside HiGHS | MIN_COST |
-| rules | behind human text: BA-η beside η and top-p at equal entropy; examples | MIN_RULES |
-| samples | texts written under these rules: quality and diversity | MIN_SAMPLES |
+| tiny | a model whose true distributions are known: accepted and false tokens, nestedness | 1 |
+| scaling | seconds a verdict against V and k, ours and HiGHS | 4 |
+| cost | SmolLM2: seconds a drawn token by k; verdicts and seconds beside HiGHS | 8 |
+| rules | behind human text: BA-η beside η and top-p at equal entropy; examples | 3 |
+| samples | texts written under these rules: quality and diversity | 10 |
 
 A finished part is kept as `parts/<part>.json` and not made again; tables, figures and page are written from these.
 Left out: ratings by people.

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,14 +104,23 @@ class Bench:
         raise ValueError(f"there are only {len(rows)} reviews of {length} tokens; ask for fewer texts or tokens")
 
     @cached_property
+    def human(self) -> Int[Tensor, "B S"]:
+        """Human text: a beginning, and what follows it."""
+        return self.beginnings(self.settings.texts, PROMPT_TOKENS + self.settings.tokens)
+
+    @cached_property
+    def states(self) -> Float[Tensor, "M D"]:
+        """The model's last hidden states before every token that follows a beginning."""
+        given, true = self.human[:, :PROMPT_TOKENS], self.human[:, PROMPT_TOKENS:]
+        with torch.no_grad():
+            return self.policy.hidden(whole_prompts(given), self.policy.embed(true)).flatten(0, 1)
+
+    @cached_property
     def contexts(self) -> Contexts:
         """Human text with the model's logits."""
-        ids = self.beginnings(self.settings.texts, PROMPT_TOKENS + self.settings.tokens)
         with torch.no_grad():
-            prompts = whole_prompts(ids[:, :PROMPT_TOKENS])
-            hidden = self.policy.hidden(prompts, self.policy.embed(ids[:, PROMPT_TOKENS:]))
-            logits = torch.cat([self.policy.head(piece) for piece in hidden.flatten(0, 1).split(64)])
-        return Contexts(ids, PROMPT_TOKENS, logits)
+            logits = torch.cat([self.policy.head(piece) for piece in self.states.split(64)])
+        return Contexts(self.human, PROMPT_TOKENS, logits)
 
     @cached_property
     def comparison(self) -> Comparison:

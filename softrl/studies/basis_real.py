@@ -120,7 +120,7 @@ def costs(bench: Bench) -> tuple[list[Cost], list[Program]]:
     rules = {k: _recording(bench, k) for k in numbers}
     timed = {k: TimedRule(Truncation(1, support=rule)) for k, rule in rules.items()}
     timed[0] = TimedRule(Truncation(1, top_p=_TOP_P))
-    given = bench.contexts.ids[:, :PROMPT_TOKENS]
+    given = bench.human[:, :PROMPT_TOKENS]
     with tqdm(total=len(given) * len(timed), desc="costs of draws", unit="text") as bar:
         for text in range(len(given)):
             for rule in timed.values():

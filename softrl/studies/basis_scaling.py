@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from softrl.contexts.basis_aware import BasisAware
 from softrl.contexts.basis_directions import Directions, svd_directions
 from softrl.contexts.final_norm import find_final_norm
-from softrl.studies.basis_bench import PROMPT_TOKENS, Bench, whole_prompts
+from softrl.studies.basis_bench import Bench
 from softrl.studies.basis_real import highs_seconds
 
 _NOISE = 0.1  # of a column's deviation, for rows beyond the model's own
@@ -85,14 +85,13 @@ def scaling(bench: Bench) -> list[Scaling]:
     """Median seconds at every V and k."""
     own = bench.settings
     sizes = _sizes(bench)
-    states = _states(bench)
     seconds: dict[tuple[int, int, str], list[float]] = {(*key, solver): [] for key in sizes for solver in SOLVERS}
     timeouts = dict.fromkeys(seconds, 0)
     generator = torch.Generator().manual_seed(0)
     with tqdm(total=own.scaled_programs * len(sizes), desc="scaling", unit="program") as bar:
         for number in range(own.scaled_programs):
             for key, size in sizes.items():
-                found = _program(size, states, generator)
+                found = _program(size, bench.states, generator)
                 bar.update()
                 if found is None:
                     continue
@@ -128,13 +127,6 @@ def _sizes(bench: Bench) -> dict[tuple[int, int], Size]:
         for k in numbers:
             sizes[vocab_size, k] = Size(rows, BasisAware(leading(whole, k), own.epsilon, own.rule, None))
     return sizes
-
-
-@torch.no_grad()
-def _states(bench: Bench) -> Float[Tensor, "M D"]:
-    ids = bench.contexts.ids
-    given, true = ids[:, :PROMPT_TOKENS], ids[:, PROMPT_TOKENS:]
-    return bench.policy.hidden(whole_prompts(given), bench.policy.embed(true)).flatten(0, 1)
 
 
 def _program(
