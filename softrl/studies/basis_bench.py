@@ -56,9 +56,9 @@ class Settings:
     highs_programs: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("texts", "tokens", "samples", "seeds", "scaled_programs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("texts", 1), ("tokens", 1), ("samples", 2), ("seeds", 1), ("scaled_programs", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class Bench:

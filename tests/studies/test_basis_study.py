@@ -201,4 +201,6 @@ def test_what_is_refused(tmp_path, capsys):
     assert PARTS == ("tiny", "scaling", "cost", "rules", "samples")
     assert main(["basis-aware", "--parts", "tiny", "--seeds", "0", "--output_dir", str(tmp_path)]) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="samples must be at least 2, got 1"):
+        Settings(samples=1)
     assert write_report({}, "", tmp_path).is_file()
