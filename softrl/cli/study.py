@@ -68,29 +68,45 @@ def _add_soft_decoding(decoding: argparse.ArgumentParser) -> None:
 
 
 def _add_basis(basis: argparse.ArgumentParser) -> None:
-    basis.add_argument("--parts", nargs="+", default=["tiny", "cost", "rules"], help="of these (all)")
+    basis.add_argument("--parts", nargs="+", help="of tiny, scaling, cost, rules, samples (all, some 25 minutes)")
     basis.add_argument("--model", help="model name or folder (smollm2-135m)")
     basis.add_argument("--epsilon", type=float, help="of eta-sampling's threshold (0.003)")
     basis.add_argument("--rule", help="tau or eta (eta)")
     basis.add_argument("--num_directions", type=int, help="k (20)")
     basis.add_argument("--representation", help="before_norm or output (before_norm)")
-    basis.add_argument("--texts", type=int, help="generated, and read, texts (16)")
-    basis.add_argument("--tokens", type=int, help="of each (64)")
-    basis.add_argument("--programs", type=int, help="that HiGHS solves too (100)")
+    basis.add_argument("--texts", type=int, help="read as human text, and generated for costs (16)")
+    basis.add_argument("--tokens", type=int, help="of each, and of the samples (48)")
+    basis.add_argument("--samples", type=int, help="texts that each rule writes (192)")
+    basis.add_argument("--cost_directions", nargs="+", type=int, help="further k of the costs (5 20 80)")
+    basis.add_argument("--programs", type=int, help="of the draws that HiGHS solves too (100)")
     basis.add_argument("--time_limit_seconds", type=float, help="of HiGHS, a program (60)")
     basis.add_argument("--seeds", type=int, help="tiny models of each norm (3)")
-    basis.add_argument("--output_dir", type=Path, default=Path("runs/basis-aware"), help="CSVs (runs/basis-aware)")
+    basis.add_argument("--vocab_sizes", nargs="+", type=int, help="V of the scaling (1024 to 131072)")
+    basis.add_argument("--scaled_directions", nargs="+", type=int, help="k of the scaling (5 10 20 40 80)")
+    basis.add_argument("--scaled_programs", type=int, help="of each V and k (15)")
+    basis.add_argument("--highs_programs", type=int, help="of these, that HiGHS solves too (3)")
+    basis.add_argument(
+        "--output_dir", type=Path, default=Path("runs/basis-aware"),
+        help="page, figures, CSVs; reruns go on with what is missing (runs/basis-aware)",
+    )  # fmt: skip
 
 
 def _basis_aware(given: argparse.Namespace) -> int:
-    from softrl.studies.basis_aware import Settings, run
+    from softrl.studies.basis_aware import PARTS, Settings, run
 
-    values = {name: value for name, value in vars(given).items() if name not in ("study", "parts", "output_dir")}
-    settings = Settings(**{name: value for name, value in values.items() if value is not None})
-    for line in run(settings, given.parts, given.output_dir):
+    own = ("study", "parts", "output_dir")
+    values = {name: value for name, value in vars(given).items() if name not in own and value is not None}
+    words = [f"--{name} {_words(value)}" for name, value in {"parts": given.parts, **values}.items() if value]
+    settings = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    command = " ".join(["softrl study basis-aware", *words])
+    for line in run(settings, given.parts or PARTS, given.output_dir, command):
         print(line)
     print(f"Written to {given.output_dir}.")
     return 0
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _add_beams(beams: argparse.ArgumentParser) -> None:

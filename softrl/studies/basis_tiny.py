@@ -7,20 +7,29 @@ claim that does not hold.
 Source: the check in softrl maths, section 10 (V = 16, D = 5).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from softrl.contexts.basis_certificate import certified_threshold
+from softrl.contexts.basis_reference import reference_threshold
 from softrl.contexts.basis_thresholds import Programs, verdicts
 from softrl.contexts.final_norm import FinalNorm
 
 NormName = Literal["none", "rms", "layer"]
 _STATIONARY = 1e-12  # largest derivative of a context that has arrived
 CONSTRAINTS = ("output", "before_norm", "input", "joint")
+_PLAIN = "threshold"
+# A Jacobian at a deeper state is W A, or the later one's times something: it adds nothing to what follows from those.
+_IMPLIED = (
+    ("before_norm", "output"), ("input", "output"), ("joint", "output"), ("input", "before_norm"),
+    ("joint", "before_norm"), ("before_norm", "joint"),
+)  # fmt: skip
 
 
 class TinyModel(nn.Module):
@@ -150,34 +159,48 @@ class TinyResult:
     """What one constraint set accepts on all contexts.
 
     Args:
-        norm: of the model.
+        norm, seed: of the model.
         constraints: which representation's Jacobian.
         accepted: tokens, all contexts together, those above τ included.
         false: of these, tokens of true probability zero.
         by_threshold: tokens above τ.
+        settled_by_highs: programs that our solver, made for small τ, left undecided.
         num_contexts: contexts at a stationary point, to which all this refers.
     """
 
     norm: str
+    seed: int
     constraints: str
     accepted: int
     false: int
     by_threshold: int
+    settled_by_highs: int
     num_contexts: int
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Two sets of accepted tokens of which theory says that the first is part of the second.
+
+    Args:
+        norm, seed: of the model.
+        smaller, larger: the sets; "output, k=2" has the two leading directions only.
+        tokens_smaller, tokens_larger: how many, all contexts together.
+        violations: tokens of the smaller set that are not in the larger one.
+    """
+
+    norm: str
+    seed: int
+    smaller: str
+    larger: str
+    tokens_smaller: int
+    tokens_larger: int
+    violations: int
 
 
 def smallest_tau(true_probs: Float[Tensor, "N V"], probs: Float[Tensor, "N V"]) -> Float[Tensor, "N"]:
     """The least τ with `p <= p̂ / (1−τ)`, and 1e-6 more: training's rounding must be small beside it."""
     return 1 - 1 / (true_probs / probs).amax(-1) + 1e-6
-
-
-def accepted_tokens(model: TinyModel, representation: str, tau: Float[Tensor, "N"]) -> Tensor:
-    """Which tokens of which contexts a constraint set accepts, shape (N, V)."""
-    probs = model.probs()
-    columns = torch.stack([model.jacobian(context, representation) for context in range(len(probs))])
-    columns = independent(columns)
-    tokens = torch.arange(probs.shape[1]).expand(len(probs), -1)
-    return verdicts(Programs(columns, probs, tau), tokens, exact=True).accepted
 
 
 def independent(columns: Float[Tensor, "N V d"], tolerance: float = 1e-7) -> Float[Tensor, "N V r"]:
@@ -188,20 +211,50 @@ def independent(columns: Float[Tensor, "N V d"], tolerance: float = 1e-7) -> Flo
     return (left * present[:, None])[..., :rank].contiguous()
 
 
+def accepted_tokens(programs: Programs) -> tuple[Bool[Tensor, "N V"], int]:
+    """Tokens that are accepted by proof, and how many programs HiGHS had to settle.
+
+    τ is near 1 here, where our solver gives up on some programs. HiGHS's dual solution is a proof like ours, and is
+    checked like ours.
+    """
+    probs, tau = programs.probs, programs.tau
+    found = verdicts(programs, torch.arange(probs.shape[1]).expand(len(probs), -1))
+    accepted = found.accepted.clone()
+    open_ones = torch.nonzero(found.undecided).tolist()
+    for context, token in open_ones:
+        program = (programs.directions[context].numpy(), probs[context].numpy(), token, float(tau[context]))
+        reference = reference_threshold(*program)
+        accepted[context, token] = certified_threshold(*program, reference.y) < float(probs[context, token])
+    return accepted, len(open_ones)
+
+
 def tiny_check(
     norm: NormName, num_contexts: int = 45, vocab_size: int = 16, width: int = 5, seed: int = 0
-) -> list[TinyResult]:
-    """Train one model, and count what every constraint set accepts."""
+) -> tuple[list[TinyResult], list[Nested]]:
+    """Train one model; count what every constraint set accepts, and where sets are not nested as theory says."""
     true_probs = sparse_distributions(num_contexts, vocab_size, seed)
     model = TinyModel(true_probs, width, norm, seed)
-    there = trained(model) < _STATIONARY
-    probs = model.probs()
+    there = torch.nonzero(trained(model) < _STATIONARY)[:, 0]
+    true_probs, probs = true_probs[there], model.probs()[there]
     tau = smallest_tau(true_probs, probs)
-    results = []
+    sets = {_PLAIN: probs > tau[:, None]}
+    chains, results = [], []
     for name in CONSTRAINTS:
-        accepted = accepted_tokens(model, name, tau) & there[:, None]
+        columns = independent(torch.stack([model.jacobian(context, name) for context in there.tolist()]))
+        sets[name], unsettled = accepted_tokens(Programs(columns, probs, tau))
         results.append(TinyResult(
-            norm, name, int(accepted.sum()), int((accepted & (true_probs == 0.0)).sum()),
-            int(((probs > tau[:, None]) & there[:, None]).sum()), int(there.sum()),
+            norm, seed, name, int(sets[name].sum()), int((sets[name] & (true_probs == 0.0)).sum()),
+            int(sets[_PLAIN].sum()), unsettled, len(there),
         ))  # fmt: skip
-    return results
+        if name in ("output", "before_norm"):
+            few = {f"{name}, k={k}": columns[..., :k].contiguous() for k in range(1, columns.shape[-1])}
+            sets |= {key: accepted_tokens(Programs(own, probs, tau))[0] for key, own in few.items()}
+            chains.append([_PLAIN, *few, name])
+    pairs = [pair for chain in chains for pair in itertools.pairwise(chain)]
+    return results, [_nested(norm, seed, sets, *pair) for pair in (*pairs, *_IMPLIED)]
+
+
+def _nested(norm: str, seed: int, sets: dict[str, Tensor], smaller: str, larger: str) -> Nested:
+    first, second = sets[smaller], sets[larger]
+    counts = (int(each.sum()) for each in (first, second, first & ~second))
+    return Nested(norm, seed, smaller, larger, *counts)
