@@ -6,6 +6,7 @@ into the true ones. That is the state of a generator which collapses correctly, 
 Source: ours (softrl maths, section 9); two passes after Duckworth et al. (2019), arXiv:1906.04331.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class SoftARObjective:
         regression: w_mse, for output "embedding" only.
         detached: whether soft tokens are fed without the graph of the pass that made them.
     Raises:
-        ValueError: a negative weight, or two that are 0.
+        ValueError: a negative weight or one that is no finite number, or two that are 0.
     """
 
     cross_entropy: float = 1.0
@@ -38,9 +39,10 @@ class SoftARObjective:
 
     def __post_init__(self) -> None:
         weights = (self.cross_entropy, self.regression)
-        if min(weights) < 0.0 or not any(weights):
+        if not all(0.0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(
-                f"cross_entropy and regression must not be negative, and one of them positive, got {weights}"
+                f"cross_entropy and regression must not be negative, and one of them positive, got {weights}; both "
+                "are finite numbers"
             )
 
 

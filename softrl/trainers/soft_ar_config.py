@@ -14,6 +14,8 @@ from softrl.trainers.scheduled import ScheduledArguments
 CORES = ("transformer", "gru")
 SLOT_ORDERS = {"aggregate_first": ("aggregate", "segments"), "aggregate_last": ("segments", "aggregate")}
 
+_COUNTS = ("hidden_size", "num_layers", "num_heads", "block_length_tokens", "max_skipped_steps")
+
 
 @dataclass
 class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
@@ -154,9 +156,11 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
                 raise ValueError(f"{name} is a share and must lie in [0, 1], got {getattr(self, name)!r}")
         if max(shares["soft_share"]) > 0.0 and not self.num_soft:
             raise ValueError(f"soft_share={self.soft_share!r} needs a soft region; pass num_soft, 1 or more")
-        for name in ("block_length_tokens", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (*_COUNTS, "max_length"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if not self.distance_temperature > 0.0:
+            raise ValueError(f"distance_temperature must be positive, got {self.distance_temperature}")
 
     @property
     def layout(self) -> WindowLayout:

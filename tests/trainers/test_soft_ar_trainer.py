@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from softrl.contexts.soft_ar import SoftARForCausalLM
 from softrl.contexts.soft_ar_config import SoftARConfig
 from softrl.contexts.window import WindowLayout
-from softrl.trainers import SoftARTrainer, SoftARTrainingConfig
+from softrl.models.reasoner import ReasonerForCausalLM
+from softrl.models.reasoner_config import ReasonerConfig
+from softrl.trainers import SoftARTrainer, SoftARTrainingConfig, soft_ar_trainer
 
 pytestmark = pytest.mark.slow  # imports trl
 
@@ -204,6 +206,45 @@ def test_a_reward_trains_it_on_prompts_longer_than_its_window(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (
+            ("gpt2", "soft", "tokens"),
+            {"output": "embedding", "regression_weight": 1.0, "cross_entropy_weight": 0.0},
+            "regression_weight=1.0 is of a vector that is put out, and the model has output='tokens' already",
+        ),
+        (
+            ("gpt2", "hard", "tokens"),
+            {"soft_share": "linear:0->0.5"},
+            "soft_share='linear:0->0.5' needs a soft region, and the model's window has num_soft=0 already",
+        ),
+    ],
+)
+def test_a_model_with_a_window_is_not_asked_for_what_it_has_not(tmp_path, model, settings, message):
+    """Once such a run ended as if it had trained."""
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, soft_ar(*model), **settings)
+
+
+def test_settings_of_a_window_that_a_model_does_not_get_are_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(soft_ar_trainer.logger, "warning", said.append)
+    trainer(tmp_path, soft_ar())
+    assert said == []
+    trainer(tmp_path, soft_ar(), num_hard=7, slot_order="aggregate_last", output="embedding")
+    (warning,) = said
+    assert "num_hard=7 (it has 3), order=('segments', 'aggregate') (it has ('aggregate', 'segments'))" in warning
+    assert "output='embedding' (it has 'tokens')" in warning
+    assert "num_soft" not in warning
+
+
+def test_a_model_that_reads_no_embeddings_is_refused(tmp_path):
+    config = ReasonerConfig(vocab_size=V, base_lm_size=8, reasoner_size=8, interpreter_size=8)
+    with pytest.raises(TypeError, match="ReasonerForCausalLM has no parallel forward over inputs_embeds"):
+        trainer(tmp_path, ReasonerForCausalLM(config))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True is not for windows"),
@@ -216,6 +257,10 @@ def test_a_reward_trains_it_on_prompts_longer_than_its_window(tmp_path):
         ({"memory_dropout": 1.5}, r"memory_dropout is a share and must lie in \[0, 1\], got 1.5"),
         ({"cross_entropy_weight": 0.0}, "one of them positive, got"),
         ({"stride": 9}, "stride must be a whole number, from 1 to num_hard"),
+        ({"cross_entropy_weight": float("nan")}, "must not be negative, and one of them positive, got"),
+        ({"distance_temperature": -1.0}, "distance_temperature must be positive, got -1.0"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"block_length_tokens": 0}, "block_length_tokens must be at least 1, got 0"),
     ],
 )
