@@ -54,6 +54,7 @@ class SoftARModel(SoftARPreTrainedModel):
         super().__init__(config)
         self.layout = config.layout
         self.backbone = _new_lm(config).base_model if backbone is None else backbone
+        _check_width(self.get_input_embeddings(), config)
         self.place_types = nn.Parameter(torch.zeros(self.layout.num_kinds, cast(int, config.hidden_size)))
         is_learned = self.layout.normalisation == "learned"
         self.normalisation = LearnedNormalisation(self.layout) if is_learned else None
@@ -169,7 +170,22 @@ class SoftARModel(SoftARPreTrainedModel):
     def _decoded(self, inputs: Float[Tensor, "M S D"], mask: Bool[Tensor, "M S"]) -> Float[Tensor, "M S D"]:
         arguments = {"attention_mask": mask.long(), "position_ids": positions(mask), "use_cache": False}
         accepted = {name: value for name, value in arguments.items() if name in self._accepted}
-        return self.backbone(inputs_embeds=inputs, **accepted).last_hidden_state
+        return self.checked(self.backbone(inputs_embeds=inputs, **accepted).last_hidden_state, mask)
+
+    @staticmethod
+    def checked(hidden: Float[Tensor, "M S D"], mask: Bool[Tensor, "M S"]) -> Float[Tensor, "M S D"]:
+        """Hidden states of windows, in float64 only if they are numbers.
+
+        Raises:
+            ValueError: eager attention took its softmax in float32, where the mask of float64 is infinite: at an empty
+                slot, which sees nothing, that is 0/0, and the next layer spreads it.
+        """
+        if hidden.dtype == torch.float64 and not mask.all() and not hidden[mask].isfinite().all():
+            raise ValueError(
+                "hidden states are not finite: eager attention in float64 cannot read windows with empty places; use "
+                'float32, sdpa attention (attn_implementation="sdpa"), or another model'
+            )
+        return hidden
 
     @cached_property
     def _accepted(self) -> frozenset[str]:
@@ -240,6 +256,15 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
+        if isinstance(self.lm_head, DistanceHead):
+            self.lm_head.set_embedding(value)
+
+    def _resize_token_embeddings(self, *given: Any, **settings: Any) -> nn.Module:
+        """A head by distance has no rows of its own to resize."""
+        if not isinstance(self.lm_head, DistanceHead):
+            return super()._resize_token_embeddings(*given, **settings)
+        self.set_input_embeddings(self.model._resize_token_embeddings(*given, **settings))
+        return self.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -277,7 +302,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         """Logits of the next token at every position, of either output; see `SoftARModel.forward`.
 
         Args:
-            labels: the tokens themselves, −100 where the loss leaves them out; the loss is the mean cross-entropy.
+            labels: the tokens themselves, −100 where the loss leaves them out; the loss is the mean cross-entropy of
+                those that a token stands before.
             logits_to_keep: without labels, compute the last so many positions only; 0 for all.
             ignored: what transformers' generation passes along, such as position ids, which are the window's here.
         """
@@ -285,9 +311,21 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         if labels is None:
             return CausalLMOutput(logits=self.logits(output.last_hidden_state[:, -logits_to_keep:]))
         logits = self.logits(output.last_hidden_state)
-        pairs = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        targets = labels[:, 1:]
+        if attention_mask is not None:
+            targets = targets.masked_fill(~attention_mask[:, :-1].bool(), _IGNORED)
+        pairs = logits[:, :-1].flatten(0, 1).float(), targets.flatten()
         loss = nn.functional.cross_entropy(*pairs, ignore_index=_IGNORED)
         return CausalLMOutput(loss=loss, logits=logits)
+
+
+def _check_width(embedding: Any, config: SoftARConfig) -> None:
+    width = embedding.weight.shape[-1]
+    if width != config.hidden_size:
+        raise ValueError(
+            f"the language model's token embeddings are {width} wide, and its hidden_size is {config.hidden_size}; "
+            "windows need one width, so choose a model without a projection between the two"
+        )
 
 
 def _new_lm(config: SoftARConfig) -> Any:

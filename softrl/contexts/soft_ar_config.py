@@ -58,7 +58,8 @@ class SoftARConfig(PreTrainedConfig):
     def _take_from(self, backbone: PreTrainedConfig) -> None:
         """What this configuration does not say itself."""
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
-        for name in (*names, *_SPECIAL, *_FOR_LOGITS):
+        of_head = _FOR_LOGITS if self.output == "tokens" else ()  # distances are not the head's logits
+        for name in (*names, *_SPECIAL, *of_head):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(backbone, name, None))
 

@@ -72,9 +72,7 @@ class WindowLayout:
 
     def _check_names(self) -> None:
         if not isinstance(self.aggregate, bool):  # it is added to a count
-            raise ValueError(
-                f"aggregate must be True or False, got {self.aggregate!r}; there is one slot of it or none"
-            )
+            raise ValueError(f"aggregate must be True or False, got {self.aggregate!r}; it is one slot or none")
         if self.order not in _ORDERS:
             raise ValueError(f"order must be one of {_ORDERS}, got {self.order!r}; both name all slots once")
         if self.normalisation not in get_args(Normalisation):

@@ -132,4 +132,4 @@ class WindowState(DecodeState):
         mask = mask.gather(1, source.clamp(min=0)) & (source >= 0)
         inputs = inputs.gather(1, source.clamp(min=0)[..., None].expand_as(inputs))
         self.inside = decode_state(self.decoder.backbone, mask, self.layout.uncompressed - count)
-        return self.inside.advance(inputs)[:, -1]
+        return self.decoder.checked(self.inside.advance(inputs), mask)[:, -1]

@@ -199,8 +199,8 @@ def _check_own_window(model: SoftARForCausalLM, args: SoftARTrainingConfig) -> N
         )
     if max(args.schedules()["soft_share"].ends()) > 0.0 and not layout.num_soft:
         raise ValueError(
-            f"soft_share={args.soft_share!r} needs a soft region, and the model's window has num_soft=0 already; leave "
-            "it out, or begin with a causal LM that has no window"
+            f"soft_share={args.soft_share!r} needs a soft region, and the model's window has num_soft=0 already; "
+            "leave it out, or begin with a causal LM that has no window"
         )
     pairs = {name: (getattr(args.layout, name), getattr(layout, name)) for name in layout.__dataclass_fields__}
     pairs["output"] = (args.output, output)
