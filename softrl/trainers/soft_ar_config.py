@@ -77,6 +77,9 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
             Whether no gradient goes through what is fed there.
         memory_dropout (`float`, *optional*, defaults to `0.0`):
             Share of the texts that are read without memory, so that the model knows how to do without.
+        eval_beyond_tokens (`int`, *optional*):
+            Evaluations call predictions from more than so many tokens `_beyond`. By default as many as the window
+            holds uncompressed; to compare windows of different sizes give all the largest one's.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Stop after so many steps in a row whose gradients were not finite.
     """
@@ -124,6 +127,7 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
     soft_share: str = field(default=0.0, metadata={"help": "Share of soft tokens; a number or a schedule."})
     detach_soft: bool = field(default=True, metadata={"help": "No gradient goes through soft tokens."})
     memory_dropout: float = field(default=0.0, metadata={"help": "Share of texts that are read without memory."})
+    eval_beyond_tokens: int | None = field(default=None, metadata={"help": "Where an evaluation's `_beyond` begins."})
 
     max_skipped_steps: int = field(default=5, metadata={"help": "Stop after so many steps that were not taken."})
     max_reward_jump: ClassVar[float | None] = None  # of `StepGuardMixin`: there are no rewards

@@ -100,6 +100,11 @@ class SoftARTrainer(PlainTextTrainer):
     ) -> SoftARForCausalLM:
         windowed = soft_ar_model(model, args)
         check_policy(Policy(windowed))
+        if args.eval_beyond_tokens is not None and args.eval_beyond_tokens < windowed.model.layout.uncompressed:
+            raise ValueError(
+                f"eval_beyond_tokens={args.eval_beyond_tokens} is inside the window, whose first "
+                f"{windowed.model.layout.uncompressed} tokens have no memory; give as many or more"
+            )
         return windowed
 
     # Data
@@ -170,7 +175,8 @@ class SoftARTrainer(PlainTextTrainer):
             return read_texts(model, self._texts(rows), [row[INDEX_COLUMN] for row in rows])
 
     def summarised(self, model: SoftARForCausalLM) -> dict[str, float]:
-        return summary(self.last_evaluation, model) | num_parameters(model)
+        beyond = self.args.eval_beyond_tokens or model.model.layout.uncompressed
+        return summary(self.last_evaluation, model, beyond) | num_parameters(model)
 
 
 def soft_ar_model(model: "str | PreTrainedModel", args: SoftARTrainingConfig) -> SoftARForCausalLM:

@@ -125,6 +125,40 @@ def test_an_evaluation_by_hand(tmp_path):
     assert found["eval_num_parameters_without_embeddings"] == inside
 
 
+def test_a_short_text_lends_its_memory_as_far_as_it_goes(tmp_path):
+    """Beyond that a text is read without any, which is no test of memory: such tokens do not count."""
+    ids = [texts(1, 3, 14)["input_ids"][0], texts(1, 4, 6)["input_ids"][0]]
+    made = trainer(tmp_path, evaluation=Dataset.from_dict({"input_ids": ids}))
+    model = made.model.eval()
+    rows = torch.tensor([ids[0], ids[1] + [2] * 8])
+    with torch.no_grad():
+        logits = model(rows, torch.arange(14) < torch.tensor([[14], [6]]), memory_of=torch.tensor([1, 0])).logits
+    permuted = -logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+    own = nll_by_hand(model, ids[0])
+    found = made.evaluate()
+    # Windows of five tokens move on by two: the third begins at 4, the fourth at 6, where the short text has ended.
+    counted = torch.cat([permuted[0, :9], permuted[1, :5]])
+    assert found["eval_nll_permuted"] == pytest.approx(counted.mean().item())
+    assert found["eval_nll_permuted_beyond"] == pytest.approx(permuted[0, 5:9].mean().item())
+    assert found["eval_nll_beyond"] == pytest.approx(own[5:].mean().item())
+    assert "eval_gain_permuted" not in found  # of one text there is no standard error
+
+
+def test_beyond_begins_where_it_is_said(tmp_path):
+    """Arms of a sweep whose windows differ in size count the same tokens."""
+    rows = texts(2, seed=3, length=14)
+    made = trainer(tmp_path, evaluation=rows, eval_beyond_tokens=8)
+    own = torch.stack([nll_by_hand(made.model.eval(), ids) for ids in rows["input_ids"]])
+    found = made.evaluate()
+    assert found["eval_nll_beyond"] == pytest.approx(own[:, 8:].mean().item())
+    assert found["eval_tokens_beyond"] == 10
+    assert found["eval_window_1/nll"] == pytest.approx(own[:, 5:7].mean().item())
+    with pytest.raises(
+        ValueError, match="eval_beyond_tokens=4 is inside the window, whose first 5 tokens"
+    ):
+        trainer(tmp_path, eval_beyond_tokens=4)
+
+
 def test_what_is_fed_soft_is_what_an_evaluation_measures(tmp_path):
     made = trainer(
         tmp_path, evaluation=texts(2, seed=3, length=14), max_steps=1, soft_share=1.0, train=texts(2, 3, 14)
