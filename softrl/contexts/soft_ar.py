@@ -7,7 +7,8 @@ model is as it was: slots have types of their own, learned and zero at first, ha
 window, which has no filled slot, is exactly the model's own pass. Positions count what a window holds, so the filled
 slots come first and a window never asks for a position that the model has not.
 
-Output "tokens" keeps the model's head. Output "embedding" puts out one vector y a position (`distance_head`).
+Output "tokens" keeps the model's head. Output "embedding" puts out one vector y a position (`distance_head`). A head
+for collapses (`collapse`) may stand beside either, and is saved with the model.
 
 Left out: transformers' cache arguments. Step by step decoding with a cache inside the window is `window_state`,
 which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.distance_head import DistanceHead
 from softrl.contexts.soft_ar_config import Output, SoftARConfig
 from softrl.contexts.window import LearnedNormalisation, WindowLayout, Windows, windows
@@ -215,6 +217,7 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
             self.lm_head = lm.get_output_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embedding)
             self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.collapse_head = LearnedCollapse(cast(int, config.hidden_size)) if config.collapse_head else None
         self.generation_config.use_cache = False
         self.post_init()
         self.generation_config.use_cache = False
@@ -239,6 +242,12 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         if output == "tokens":
             model.lm_head.load_state_dict(lm.get_output_embeddings().state_dict())
         return model.train(lm.training)
+
+    def add_collapse_head(self) -> LearnedCollapse:
+        """A new head that says what soft tokens become, in the place of an older one; see `fit_collapse`."""
+        self.config.collapse_head = True
+        self.collapse_head = LearnedCollapse(self.config.hidden_size).to(self.device, self.dtype)
+        return self.collapse_head
 
     @property
     def head(self) -> DistanceHead:

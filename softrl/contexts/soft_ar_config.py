@@ -25,6 +25,7 @@ class SoftARConfig(PreTrainedConfig):
         output: "tokens" for a head over the vocabulary; "embedding" for one vector y, whose logits are −‖y − e‖²/τ
             over the token embeddings e.
         distance_temperature: τ at the start, in squared units of the embedding; it is learned where logits are.
+        collapse_head: whether there is a `LearnedCollapse`, which says what soft tokens become.
     Raises:
         ValueError: an unknown output, τ that is not positive, a window that does not fit, or one that is longer than
             the positions that the language model has.
@@ -37,6 +38,7 @@ class SoftARConfig(PreTrainedConfig):
     window: dict[str, Any] | None = None
     output: str = "tokens"
     distance_temperature: float = 0.2
+    collapse_head: bool = False
     vocab_size: int | None = None
     hidden_size: int | None = None
     num_hidden_layers: int | None = None

@@ -70,6 +70,10 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
             Of the tokens' negative log-likelihood. With `output="embedding"` it is what holds the embeddings apart.
         regression_weight (`float`, *optional*, defaults to `0.0`):
             Of the squared distance to the true tokens' embeddings behind a stop-gradient; with `output="embedding"`.
+        collapse_head_weight (`float`, *optional*, defaults to `0.0`):
+            Of the squared error of a linear head from hidden states to the next token's embedding, which says what
+            soft tokens become: `softrl generate --collapse learned`. Above 0 the model gets such a head where it has
+            none. It changes nothing else, except that its gradient counts in `max_grad_norm`.
         soft_share (`float` or `str`, *optional*, defaults to `0.0`):
             Share of the tokens in the soft region that are fed as the model's own outputs; a number or a schedule. 0
             is pre-training on hard tokens only.
@@ -124,6 +128,7 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
     distance_temperature: float = field(default=0.2, metadata={"help": "Temperature of distances at the start."})
     cross_entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the log-likelihood."})
     regression_weight: float = field(default=0.0, metadata={"help": "Weight of the squared error of embeddings."})
+    collapse_head_weight: float = field(default=0.0, metadata={"help": "Weight of the head that collapses."})
     soft_share: str = field(default=0.0, metadata={"help": "Share of soft tokens; a number or a schedule."})
     detach_soft: bool = field(default=True, metadata={"help": "No gradient goes through soft tokens."})
     memory_dropout: float = field(default=0.0, metadata={"help": "Share of texts that are read without memory."})
@@ -181,4 +186,6 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
     @property
     def objective(self) -> SoftARObjective:
         """What is minimised."""
-        return SoftARObjective(self.cross_entropy_weight, self.regression_weight, self.detach_soft)
+        return SoftARObjective(
+            self.cross_entropy_weight, self.regression_weight, self.detach_soft, self.collapse_head_weight
+        )

@@ -36,6 +36,7 @@ class ReadText:
         is_lent: whether the text before it in the batch reaches that window's start, so that it has memory to lend.
         nll, hits: by the way it was read, nats and 0 or 1; `PERMUTED` is missing where a batch had no other text.
         squared_error: of the embedding that is put out, 0 where none is.
+        collapse_error: of the head that collapses, 0 where there is none.
     """
 
     text_index: int
@@ -45,6 +46,7 @@ class ReadText:
     nll: dict[str, list[float]] = field(default_factory=dict)
     hits: dict[str, list[float]] = field(default_factory=dict)
     squared_error: list[float] = field(default_factory=list)
+    collapse_error: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -74,6 +76,7 @@ def read_texts(model: SoftARForCausalLM, texts: Texts, indices: list[int]) -> li
                 text.hits[way] = scores.hits[row][counted[row]].float().tolist()
                 if way == OWN:
                     text.squared_error.extend(scores.squared_error[row][counted[row]].tolist())
+                    text.collapse_error.extend(scores.collapse_error[row][counted[row]].tolist())
     return made
 
 
@@ -103,6 +106,8 @@ def summary(texts: list[ReadText], model: SoftARForCausalLM, beyond_tokens: int)
             nll = _joined([text.nll.get(way, text.nll[OWN]) for text in texts])
             values |= _means(f"window_{number}/nll{way}", nll[window == number])
     values |= _gains(texts, beyond_tokens)
+    if model.config.collapse_head:
+        values["collapse_error"] = _joined([text.collapse_error for text in texts]).mean().item()
     if model.config.output == "embedding":
         values["squared_error"] = _joined([text.squared_error for text in texts]).mean().item()
         values["embedding_spread"] = embedding_spread(model.head.embeddings.double()).item()

@@ -99,6 +99,8 @@ class SoftARTrainer(PlainTextTrainer):
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> SoftARForCausalLM:
         windowed = soft_ar_model(model, args)
+        if args.collapse_head_weight > 0.0 and windowed.collapse_head is None:
+            windowed.add_collapse_head()
         check_policy(Policy(windowed))
         if args.eval_beyond_tokens is not None and args.eval_beyond_tokens < windowed.model.layout.uncompressed:
             raise ValueError(
@@ -158,13 +160,15 @@ class SoftARTrainer(PlainTextTrainer):
     @torch.no_grad()
     def _record(self, texts: Texts, scores: TokenScores, counted: Tensor) -> None:
         values = {"nll": scores.nll, "accuracy": scores.hits, "squared_error": scores.squared_error}
+        values["collapse_error"] = scores.collapse_error
         sums = [(value.double() * counted).sum() for value in values.values()]
         sums += [counted.sum().double(), texts.mask.sum().double()]
         *numbers, count, tokens = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
         self.state.num_input_tokens_seen += int(tokens)
         logged = {name: value / max(count, 1.0) for name, value in zip(values, numbers, strict=True)}
-        if self.accelerator.unwrap_model(self.model).config.output != "embedding":
-            del logged["squared_error"]
+        config = self.accelerator.unwrap_model(self.model).config
+        missing = {"squared_error": config.output != "embedding", "collapse_error": not config.collapse_head}
+        logged = {name: value for name, value in logged.items() if not missing.get(name)}
         self._metrics.add(logged)
 
     # Evaluation

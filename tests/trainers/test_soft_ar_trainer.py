@@ -15,9 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from softrl.contexts.soft_ar import SoftARForCausalLM
 from softrl.contexts.soft_ar_config import SoftARConfig
 from softrl.contexts.window import WindowLayout
+from softrl.models.policy import Policy
 from softrl.models.reasoner import ReasonerForCausalLM
 from softrl.models.reasoner_config import ReasonerConfig
+from softrl.objectives.learned_collapse import collapse_errors
 from softrl.trainers import SoftARTrainer, SoftARTrainingConfig, soft_ar_trainer
+from softrl.types import Texts
 
 pytestmark = pytest.mark.slow  # imports trl
 
@@ -153,9 +156,7 @@ def test_beyond_begins_where_it_is_said(tmp_path):
     assert found["eval_nll_beyond"] == pytest.approx(own[:, 8:].mean().item())
     assert found["eval_tokens_beyond"] == 10
     assert found["eval_window_1/nll"] == pytest.approx(own[:, 5:7].mean().item())
-    with pytest.raises(
-        ValueError, match="eval_beyond_tokens=4 is inside the window, whose first 5 tokens"
-    ):
+    with pytest.raises(ValueError, match="eval_beyond_tokens=4 is inside the window, whose first 5 tokens"):
         trainer(tmp_path, eval_beyond_tokens=4)
 
 
@@ -210,6 +211,26 @@ def test_a_run_goes_on_exactly(tmp_path):
     assert logs_of(straight, "soft_share") == [0.0, 0.25, 0.5, 0.75]
     assert numbers_of(resumed)[-2:] == numbers_of(straight)[-2:]
     torch.testing.assert_close(parameters_of(resumed), parameters_of(straight), rtol=0.0, atol=0.0)
+
+
+def test_a_head_for_collapses_is_fitted_beside_the_model(tmp_path):
+    """Its loss by `collapse_errors`; the model itself moves as it does without one."""
+    rows, moved = texts(4, length=9), {}
+    for weight in (0.0, 0.7):
+        made = trainer(tmp_path, train=rows, max_steps=1, collapse_head_weight=weight)
+        model = copy.deepcopy(made.model)
+        made.train()
+        moved[weight] = dict(made.model.named_parameters())
+    ids = torch.tensor(rows["input_ids"])
+    errors = collapse_errors(Policy(model), model.collapse_head, Texts(ids, torch.ones_like(ids).bool()))
+    assert logs_of(made, "collapse_error") == pytest.approx([errors.mean().item()])
+    (grad,) = torch.autograd.grad(errors.mean(), model.collapse_head.layers.weight)
+    expected = model.collapse_head.layers.weight - 0.05 * 0.7 * grad
+    torch.testing.assert_close(moved[0.7]["collapse_head.layers.weight"], expected)
+    assert not any("collapse" in name for name in moved[0.0])
+    for name, parameter in moved[0.0].items():
+        torch.testing.assert_close(moved[0.7][name], parameter, msg=name)
+    assert made.evaluate()["eval_collapse_error"] > 0.0
 
 
 def test_a_causal_lm_gets_the_window_and_what_is_saved_trains_on(tmp_path):
@@ -292,6 +313,7 @@ def test_a_model_that_reads_no_embeddings_is_refused(tmp_path):
         ({"cross_entropy_weight": 0.0}, "one of them positive, got"),
         ({"stride": 9}, "stride must be a whole number, from 1 to num_hard"),
         ({"cross_entropy_weight": float("nan")}, "must not be negative, and one of them positive, got"),
+        ({"collapse_head_weight": -1.0}, "collapse must not be negative, and a finite number, got -1.0"),
         ({"distance_temperature": -1.0}, "distance_temperature must be positive, got -1.0"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
