@@ -194,6 +194,33 @@ def test_step_by_step_is_the_parallel_pass(name, layout, output):
         torch.testing.assert_close(again, expected[:, 7:10], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["gpt2", "gru"])
+def test_an_enriched_token_is_as_if_it_had_been_so(name, layout):
+    """In the window, in a segment, in the aggregate or forgotten: against the forward pass over the changed history,
+    until it has left all of them. A branch from before keeps its own past."""
+    policy, ids = Policy(soft_ar(name, layout)), texts(3, 30)
+    mask = torch.arange(11) >= torch.tensor([0, 4, 8])[:, None]
+    start, x = Prompts(ids[:, :11], mask), policy.embed(ids).detach()
+    generator = torch.Generator().manual_seed(4)
+    before = policy.hidden(start, x[:, 11:])
+    for back in (0, 5, 9):  # tokens before the newest
+        _, state = policy.begin(start, 1, 19)
+        policy.advance(state, x[:, 11:16])
+        branch = state.branched(torch.arange(3))
+        delta = torch.randn(3, x.shape[-1], generator=generator, dtype=x.dtype)
+        column, changed = 15 - back, x.clone()
+        changed[[0, 2], column] += delta[[0, 2]] * mask[[0, 2], min(column, 10), None]
+        positions = torch.tensor([column, -1, column - 8 if column >= 8 else -1])
+        whole = torch.nn.functional.pad(mask, (0, 19), value=True)
+        expected = policy.decoder(inputs_embeds=changed, attention_mask=whole).last_hidden_state
+        torch.testing.assert_close(state.enrich(positions, delta), expected[:, 15], rtol=1e-6, atol=1e-6)
+        for t in range(16, 29):
+            hidden = policy.advance(state, x[:, t : t + 1])[:, 0]
+            torch.testing.assert_close(hidden, expected[:, t], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(policy.advance(branch, x[:, 16:17])[:, 0], before[:, 6], rtol=1e-6, atol=1e-6)
+
+
 def test_several_samples_of_a_prompt_share_its_window():
     policy, batch = Policy(soft_ar()), prompts()
     x = policy.embed(texts(6, 9))
