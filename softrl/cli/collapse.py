@@ -42,7 +42,7 @@ def _by_its_head(model: Any) -> Any:
     if model.collapse_head is None:
         raise ValueError(
             "--collapse learned needs a model with a head for it; softrl train --trainer soft_ar makes one with "
-            "--collapse_head_weight 1"
+            "--collapse_head_weight 0.001"
         )
     return SoftWriting(learned(model.collapse_head))
 

@@ -73,7 +73,8 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
         collapse_head_weight (`float`, *optional*, defaults to `0.0`):
             Of the squared error of a linear head from hidden states to the next token's embedding, which says what
             soft tokens become: `softrl generate --collapse learned`. Above 0 the model gets such a head where it has
-            none. It changes nothing else, except that its gradient counts in `max_grad_norm`.
+            none. The model does not learn from it, but the head's gradient counts in `max_grad_norm`, and Adam does
+            not care how large a loss is: give a small weight such as `0.001`.
         soft_share (`float` or `str`, *optional*, defaults to `0.0`):
             Share of the tokens in the soft region that are fed as the model's own outputs; a number or a schedule. 0
             is pre-training on hard tokens only.

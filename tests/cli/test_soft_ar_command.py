@@ -10,11 +10,14 @@ from trainers.tiny import word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softrl.cli import evaluate, generate
-from softrl.cli.train import main
+from softrl.cli.scratch import _soft_ar as from_scratch
+from softrl.cli.train import main, parse
 from softrl.contexts.collapse import selective
 from softrl.contexts.soft_ar import SoftARForCausalLM
 from softrl.contexts.window import WindowLayout
+from softrl.data.characters import character_tokenizer, shakespeare
 from softrl.generation.soft_ar import SoftWriting, learned, soft_ar_generate
+from softrl.trainers.soft_ar_trainer import soft_ar_model
 from softrl.types import Prompts
 
 pytestmark = pytest.mark.slow  # imports trl
@@ -114,6 +117,15 @@ def test_collapse_is_of_softar_models(tmp_path, monkeypatch, capsys, options, me
     word_tokenizer().save_pretrained("plain")
     assert generate.main(["--model", "plain", "--prompt", "w3 w4", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_recipe_has_the_size_of_nanogpt_and_the_window_of_the_notes():
+    _, training, _ = parse(["--config", "soft_ar/nanogpt"])
+    assert training.layout == WindowLayout.notes(256)
+    tokenizer = character_tokenizer(shakespeare("train"))
+    model = soft_ar_model(from_scratch(training, tokenizer), training)
+    # Its own, with the same characters, is said to have 10.65M; here place types come on top.
+    assert model.num_parameters() == pytest.approx(10.65e6, rel=0.01)
 
 
 def test_a_window_without_what_a_collapse_needs(tmp_path, monkeypatch, capsys):
