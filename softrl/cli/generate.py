@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from softrl.cli import collapse
+from softrl.cli.collapse import collapsing, written
 
 PROG = "softrl generate"
 EPILOG = """Without settings a model is decoded as the file soft_decoding.json beside it says, else by mixtures of few
@@ -110,7 +110,7 @@ def _generate(given: argparse.Namespace) -> int:
     if given.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens must be at least 1, got {given.max_new_tokens}")
     prompts = read_prompts(given)
-    writing = collapse.collapsing(given)
+    writing = collapsing(given)
     model, tokenizer = load(given.model, given.dtype)
     from softrl.models.policy import Policy, check_policy
 
@@ -155,7 +155,7 @@ def _run(
     if count > given.batch_size and not sys.stderr.isatty():
         print(f"{where} ...", file=sys.stderr, flush=True)
     if writing is not None:
-        return collapse.written(given, policy, tokenizer, decoding, writing, made)
+        return written(given, policy, tokenizer, decoding, writing, made)
     if _streams(given, count):
         streamer: Any = TextStreamer(tokenizer, skip_prompt=not isinstance(batch[0], str), skip_special_tokens=True)
     else:
