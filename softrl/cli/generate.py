@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from softrl.cli.collapse import collapsing, written
+
 PROG = "softrl generate"
 EPILOG = """Without settings a model is decoded as the file soft_decoding.json beside it says, else by mixtures of few
 tokens with an entropy bound. With --thinking only what is inside <think> ... </think> is soft. Options of hard tokens
@@ -55,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     soft.add_argument(
         "--collapse",
         help="of a softAR model: write its own soft outputs, and make them tokens when its window moves on: all, "
-        "distance:LEAST or entropy:LEAST (nats)",
+        "distance:LEAST or entropy:LEAST (nats), or learned, by the model's own head for it",
     )
     _add_soft_arguments(soft)
     basis = parser.add_argument_group(
@@ -105,6 +107,8 @@ def _generate(given: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     if given.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {given.batch_size}")
+    if given.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens must be at least 1, got {given.max_new_tokens}")
     prompts = read_prompts(given)
     writing = collapsing(given)
     model, tokenizer = load(given.model, given.dtype)
@@ -126,29 +130,6 @@ def _generate(given: argparse.Namespace) -> int:
     if rule is not None:
         print(f"basis-aware truncation: {rule.counts}", file=sys.stderr)
     return 0
-
-
-def collapsing(given: argparse.Namespace) -> Any:
-    """How a softAR model's own soft tokens collapse, None where it writes none.
-
-    Raises:
-        ValueError: another word than those, or what does not go with it.
-    """
-    if given.collapse is None:
-        return None
-    from softrl.contexts.collapse import selective
-    from softrl.generation.soft_ar import SoftWriting
-
-    if given.hard or given.output_file or given.stop:
-        name = "hard" if given.hard else "output_file" if given.output_file else "stop"
-        raise ValueError(f"--collapse writes soft tokens and no record of them; leave out --{name}")
-    by, _, least = given.collapse.partition(":")
-    try:
-        return SoftWriting() if given.collapse == "all" else SoftWriting(which=selective(by, float(least)))
-    except ValueError as error:
-        raise ValueError(
-            f"--collapse must be all, distance:LEAST or entropy:LEAST with a number, 0 or more, got {given.collapse!r}"
-        ) from error
 
 
 def _run(
@@ -174,7 +155,7 @@ def _run(
     if count > given.batch_size and not sys.stderr.isatty():
         print(f"{where} ...", file=sys.stderr, flush=True)
     if writing is not None:
-        return _written(given, policy, tokenizer, decoding, writing, made)
+        return written(given, policy, tokenizer, decoding, writing, made)
     if _streams(given, count):
         streamer: Any = TextStreamer(tokenizer, skip_prompt=not isinstance(batch[0], str), skip_special_tokens=True)
     else:
@@ -185,23 +166,6 @@ def _run(
         eos_token_ids(policy.model, tokenizer), given.seed, made.indices,
         streamer, given.stop, tokenizer, pad_id=pad,
         find_nearest=given.output_file is not None,
-    )  # fmt: skip
-
-
-def _written(given: argparse.Namespace, policy: Any, tokenizer: Any, decoding: Any, writing: Any, made: Any) -> Any:
-    """Soft tokens that collapse, by softAR's own generator."""
-    from softrl.contexts.soft_ar import SoftARForCausalLM
-    from softrl.generation.soft_ar import soft_ar_generate
-    from softrl.trainers.loading import eos_token_ids
-
-    if not isinstance(policy.causal_lm, SoftARForCausalLM):
-        raise ValueError(
-            f"--collapse needs a window that moves on, and {given.model} has none; train one: softrl train --config "
-            "soft_ar/shakespeare"
-        )
-    return soft_ar_generate(
-        policy.causal_lm, made.prompts, given.max_new_tokens, decoding.answering.next_token, writing,
-        given.num_samples, eos_token_ids(policy.model, tokenizer), given.seed,
     )  # fmt: skip
 
 
@@ -263,8 +227,9 @@ def basis_aware_of(given: argparse.Namespace, policy: Any, decoding: Any) -> tup
         if beside:
             raise ValueError(f"--{beside[0]} is of basis-aware truncation; give --basis_aware EPSILON as well")
         return decoding, None
-    if given.hard and not given.do_sample:
-        raise ValueError("--basis_aware is of soft tokens and of draws; with --hard give --do_sample as well")
+    if (given.hard or given.collapse) and not given.do_sample:
+        name = "hard" if given.hard else "collapse"
+        raise ValueError(f"--basis_aware is of soft tokens and of draws; with --{name} give --do_sample as well")
     if others := [name for name in ("soft_top_p", "soft_min_p", "top_k", "top_p", "min_p") if getattr(given, name)]:
         raise ValueError(f"--basis_aware truncates in the place of --{others[0]}; leave one of them out")
     from softrl.contexts.basis_aware import basis_aware

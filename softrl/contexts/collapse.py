@@ -5,19 +5,15 @@ stand on firm ground again, the model has to settle on one. The nearest embeddin
 `LearnedCollapse` asks the hidden state in which the whole context has been mixed instead. `selective` lets those go
 on that are near a token, or that the model was sure of.
 
-Left out: when to collapse, which is the generator's, and training the head, which is a regression
-(`objectives.embedding_regression`).
+Left out: when and how to collapse, which is the generator's (`generation.soft_ar`), and training the head, which is a
+regression: beside the model by `SoftARTrainer`'s `collapse_head_weight`, or after it by `objectives.learned_collapse`.
 """
 
 from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-
-from softrl.models.nearest import Metric, nearest_tokens
-from softrl.models.policy import Policy
 
 By = Literal["distance", "entropy"]
 
@@ -51,29 +47,6 @@ def selective(by: By, threshold: float) -> Callable[[SoftTokenMeasures], Bool[Te
     if not threshold >= 0.0:
         raise ValueError(f"threshold must be 0 or more, got {threshold!r}; 0 replaces all that are not exact tokens")
     return lambda tokens: getattr(tokens, by) > threshold
-
-
-def collapsed(
-    policy: Policy,
-    embeds: Float[Tensor, "M D"],
-    which: Bool[Tensor, "M"] | None = None,
-    mapped: Float[Tensor, "M D"] | None = None,
-    metric: Metric = "euclidean",
-) -> tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]:
-    """Soft tokens with some of them replaced by token embeddings. No gradients: a choice has none.
-
-    Args:
-        policy: whose tokens they become.
-        embeds: what was fed.
-        which: soft tokens to replace; None for all.
-        mapped: vectors whose nearest tokens are taken, of a `LearnedCollapse`; None: the soft tokens themselves.
-        metric: of "nearest".
-    Returns:
-        What is fed afterwards, and the token of each, also where it is not replaced.
-    """
-    ids, _ = nearest_tokens(policy, embeds if mapped is None else mapped, metric)
-    hard = policy.embed(ids).detach().to(embeds.dtype)
-    return hard if which is None else torch.where(which[:, None], hard, embeds.detach()), ids
 
 
 class LearnedCollapse(nn.Module):

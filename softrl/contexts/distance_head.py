@@ -24,6 +24,10 @@ class DistanceHead(nn.Module):
         super().__init__()
         self.projection = nn.Linear(width, width)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.set_embedding(embedding)
+
+    def set_embedding(self, embedding: nn.Module) -> None:
+        """Measure distances to another module's vectors."""
         self._embedding: tuple[Any] = (embedding,)  # in a tuple, which torch does not look into for submodules
 
     @property
@@ -52,7 +56,13 @@ def distance_logits(
 ) -> Float[Tensor, "*batch V"]:
     """`−‖y − e_v‖² / τ`, from `‖y‖² − 2⟨y, e⟩ + ‖e‖²`; differentiable in all three.
 
+    In float32 at least, whatever the inputs are and autocast says: of a small difference of large squares bfloat16
+    leaves nothing.
+
     Source: softrl maths, section 9.
     """
-    squares = outputs.square().sum(-1, keepdim=True) + embeddings.square().sum(-1)
-    return (2.0 * outputs @ embeddings.T - squares) / temperature
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    with torch.autocast(outputs.device.type, enabled=False):
+        y, e = outputs.to(dtype), embeddings.to(dtype)
+        squares = y.square().sum(-1, keepdim=True) + e.square().sum(-1)
+        return (2.0 * y @ e.T - squares) / torch.as_tensor(temperature, dtype=dtype, device=y.device)

@@ -7,7 +7,8 @@ model is as it was: slots have types of their own, learned and zero at first, ha
 window, which has no filled slot, is exactly the model's own pass. Positions count what a window holds, so the filled
 slots come first and a window never asks for a position that the model has not.
 
-Output "tokens" keeps the model's head. Output "embedding" puts out one vector y a position (`distance_head`).
+Output "tokens" keeps the model's head. Output "embedding" puts out one vector y a position (`distance_head`). A head
+for collapses (`collapse`) may stand beside either, and is saved with the model.
 
 Left out: transformers' cache arguments. Step by step decoding with a cache inside the window is `window_state`,
 which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.distance_head import DistanceHead
 from softrl.contexts.soft_ar_config import Output, SoftARConfig
 from softrl.contexts.window import LearnedNormalisation, WindowLayout, Windows, windows
@@ -54,6 +56,7 @@ class SoftARModel(SoftARPreTrainedModel):
         super().__init__(config)
         self.layout = config.layout
         self.backbone = _new_lm(config).base_model if backbone is None else backbone
+        _check_width(self.get_input_embeddings(), config)
         self.place_types = nn.Parameter(torch.zeros(self.layout.num_kinds, cast(int, config.hidden_size)))
         is_learned = self.layout.normalisation == "learned"
         self.normalisation = LearnedNormalisation(self.layout) if is_learned else None
@@ -169,7 +172,22 @@ class SoftARModel(SoftARPreTrainedModel):
     def _decoded(self, inputs: Float[Tensor, "M S D"], mask: Bool[Tensor, "M S"]) -> Float[Tensor, "M S D"]:
         arguments = {"attention_mask": mask.long(), "position_ids": positions(mask), "use_cache": False}
         accepted = {name: value for name, value in arguments.items() if name in self._accepted}
-        return self.backbone(inputs_embeds=inputs, **accepted).last_hidden_state
+        return self.checked(self.backbone(inputs_embeds=inputs, **accepted).last_hidden_state, mask)
+
+    @staticmethod
+    def checked(hidden: Float[Tensor, "M S D"], mask: Bool[Tensor, "M S"]) -> Float[Tensor, "M S D"]:
+        """Hidden states of windows, in float64 only if they are numbers.
+
+        Raises:
+            ValueError: eager attention took its softmax in float32, where the mask of float64 is infinite: at an empty
+                slot, which sees nothing, that is 0/0, and the next layer spreads it.
+        """
+        if hidden.dtype == torch.float64 and not mask.all() and not hidden[mask].isfinite().all():
+            raise ValueError(
+                "hidden states are not finite: eager attention in float64 cannot read windows with empty places; use "
+                'float32, sdpa attention (attn_implementation="sdpa"), or another model'
+            )
+        return hidden
 
     @cached_property
     def _accepted(self) -> frozenset[str]:
@@ -199,6 +217,7 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
             self.lm_head = lm.get_output_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embedding)
             self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.collapse_head = LearnedCollapse(cast(int, config.hidden_size)) if config.collapse_head else None
         self.generation_config.use_cache = False
         self.post_init()
         self.generation_config.use_cache = False
@@ -224,6 +243,12 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
             model.lm_head.load_state_dict(lm.get_output_embeddings().state_dict())
         return model.train(lm.training)
 
+    def add_collapse_head(self) -> LearnedCollapse:
+        """A new head that says what soft tokens become, in the place of an older one; see `fit_collapse`."""
+        self.config.collapse_head = True
+        self.collapse_head = LearnedCollapse(self.config.hidden_size).to(self.device, self.dtype)
+        return self.collapse_head
+
     @property
     def head(self) -> DistanceHead:
         """The head of a model whose output is an embedding.
@@ -240,6 +265,15 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
+        if isinstance(self.lm_head, DistanceHead):
+            self.lm_head.set_embedding(value)
+
+    def _resize_token_embeddings(self, *given: Any, **settings: Any) -> nn.Module:
+        """A head by distance has no rows of its own to resize."""
+        if not isinstance(self.lm_head, DistanceHead):
+            return super()._resize_token_embeddings(*given, **settings)
+        self.set_input_embeddings(self.model._resize_token_embeddings(*given, **settings))
+        return self.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -277,7 +311,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         """Logits of the next token at every position, of either output; see `SoftARModel.forward`.
 
         Args:
-            labels: the tokens themselves, −100 where the loss leaves them out; the loss is the mean cross-entropy.
+            labels: the tokens themselves, −100 where the loss leaves them out; the loss is the mean cross-entropy of
+                those that a token stands before.
             logits_to_keep: without labels, compute the last so many positions only; 0 for all.
             ignored: what transformers' generation passes along, such as position ids, which are the window's here.
         """
@@ -285,9 +320,21 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         if labels is None:
             return CausalLMOutput(logits=self.logits(output.last_hidden_state[:, -logits_to_keep:]))
         logits = self.logits(output.last_hidden_state)
-        pairs = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        targets = labels[:, 1:]
+        if attention_mask is not None:
+            targets = targets.masked_fill(~attention_mask[:, :-1].bool(), _IGNORED)
+        pairs = logits[:, :-1].flatten(0, 1).float(), targets.flatten()
         loss = nn.functional.cross_entropy(*pairs, ignore_index=_IGNORED)
         return CausalLMOutput(loss=loss, logits=logits)
+
+
+def _check_width(embedding: Any, config: SoftARConfig) -> None:
+    width = embedding.weight.shape[-1]
+    if width != config.hidden_size:
+        raise ValueError(
+            f"the language model's token embeddings are {width} wide, and its hidden_size is {config.hidden_size}; "
+            "windows need one width, so choose a model without a projection between the two"
+        )
 
 
 def _new_lm(config: SoftARConfig) -> Any:

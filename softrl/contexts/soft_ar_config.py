@@ -25,6 +25,7 @@ class SoftARConfig(PreTrainedConfig):
         output: "tokens" for a head over the vocabulary; "embedding" for one vector y, whose logits are −‖y − e‖²/τ
             over the token embeddings e.
         distance_temperature: τ at the start, in squared units of the embedding; it is learned where logits are.
+        collapse_head: whether there is a `LearnedCollapse`, which says what soft tokens become.
     Raises:
         ValueError: an unknown output, τ that is not positive, a window that does not fit, or one that is longer than
             the positions that the language model has.
@@ -37,6 +38,7 @@ class SoftARConfig(PreTrainedConfig):
     window: dict[str, Any] | None = None
     output: str = "tokens"
     distance_temperature: float = 0.2
+    collapse_head: bool = False
     vocab_size: int | None = None
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
@@ -58,7 +60,8 @@ class SoftARConfig(PreTrainedConfig):
     def _take_from(self, backbone: PreTrainedConfig) -> None:
         """What this configuration does not say itself."""
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
-        for name in (*names, *_SPECIAL, *_FOR_LOGITS):
+        of_head = _FOR_LOGITS if self.output == "tokens" else ()  # distances are not the head's logits
+        for name in (*names, *_SPECIAL, *of_head):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(backbone, name, None))
 

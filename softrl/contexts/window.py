@@ -71,6 +71,8 @@ class WindowLayout:
         _check_count("stride", self.stride, 1, self.uncompressed)
 
     def _check_names(self) -> None:
+        if not isinstance(self.aggregate, bool):  # it is added to a count
+            raise ValueError(f"aggregate must be True or False, got {self.aggregate!r}; it is one slot or none")
         if self.order not in _ORDERS:
             raise ValueError(f"order must be one of {_ORDERS}, got {self.order!r}; both name all slots once")
         if self.normalisation not in get_args(Normalisation):

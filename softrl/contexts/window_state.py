@@ -7,7 +7,8 @@ others are read anew with them, which changes nothing for them. The hidden state
 over the whole history.
 
 Soft tokens stand in the soft region only; before the window moves, `leaving` says which ones go, and `replace` puts in
-what they have collapsed to. Left out: gradients; `SoftARModel.new_state` gives a growing state for those.
+what they have collapsed to. A token that has been read can be enriched, wherever it is by now (`enrich`). Left out:
+gradients; `SoftARModel.new_state` gives a growing state for those.
 """
 
 import copy
@@ -98,6 +99,24 @@ class WindowState(DecodeState):
         self.is_soft = self.is_soft & ~which
         self.inside = None
 
+    @torch.no_grad()
+    def enrich(self, positions: Int[Tensor, "N"], delta: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Retroactive enrichment: add to a token that has been read, in the window or in what its slots sum up.
+
+        What follows is as if the token had been so from the start: of the newest window nothing older is kept, and it
+        is read anew, at the cost of one window. Tokens that a layout without aggregate has forgotten stay forgotten.
+
+        Args:
+            positions: one of each row, counted in its own tokens from 0, prompt included; −1 leaves a row alone.
+            delta: what is added, such as `algebra.combine` of embeddings.
+        Returns:
+            The hidden states of the newest tokens, in the place of those that `advance` gave.
+        Raises:
+            ValueError: a position that no token has yet, or nothing has been fed.
+        """
+        self._started.enrich(positions, delta)
+        return self._read()
+
     def _step(self, embeds: Float[Tensor, "N D"], is_soft: Bool[Tensor, "N"]) -> Float[Tensor, "N D"]:
         if (is_soft & (self.places < self.layout.num_hard)).any():
             raise ValueError(
@@ -132,4 +151,4 @@ class WindowState(DecodeState):
         mask = mask.gather(1, source.clamp(min=0)) & (source >= 0)
         inputs = inputs.gather(1, source.clamp(min=0)[..., None].expand_as(inputs))
         self.inside = decode_state(self.decoder.backbone, mask, self.layout.uncompressed - count)
-        return self.inside.advance(inputs)[:, -1]
+        return self.decoder.checked(self.inside.advance(inputs), mask)[:, -1]

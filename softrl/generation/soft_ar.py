@@ -117,9 +117,12 @@ def soft_ar_generate(
     Returns:
         N = B * G rows of T tokens at most; T is cut to the longest.
     Raises:
-        ValueError: prompts that nothing can be generated from, or soft tokens for a window without a soft region.
+        ValueError: prompts that nothing can be generated from, no tokens to generate, or soft tokens for a window
+            without a soft region.
     """
     next_token, layout = next_token or NextToken(greedy=True), model.model.layout
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if soft is not None and not layout.num_soft:
         raise ValueError("soft: the model's window has no place for soft tokens (num_soft=0); pass None")
     policy, rows = Policy(model), prompts.repeated(num_samples)

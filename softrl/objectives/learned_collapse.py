@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softrl.contexts.collapse import LearnedCollapse
-from softrl.models.policy import Policy, evaluating, frozen
+from softrl.models.policy import Policy, evaluating
 from softrl.objectives.embedding_regression import squared_error
 from softrl.types import Prompts, Texts
 
@@ -42,7 +42,7 @@ def fit_collapse(
 
     Args:
         policy: stays as it is.
-        head: is changed in place.
+        head: is changed in place; a softAR model's own (`add_collapse_head`) is saved with it.
         batches: texts, padded on the right.
         learning_rate: of Adam; it falls linearly to 0.
     Raises:
@@ -50,14 +50,13 @@ def fit_collapse(
     """
     optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
     means = []
-    with frozen(policy.model):
-        for number, texts in enumerate(batches):
-            counted = texts.mask if texts.counted is None else texts.mask & texts.counted
-            loss = collapse_errors(policy, head, texts).sum() / counted[:, 1:].sum().clamp(min=1)
-            optimizer.zero_grad()
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * (1.0 - number / len(batches))
-            optimizer.step()
-            means.append(loss.item())
+    for number, texts in enumerate(batches):
+        counted = texts.mask if texts.counted is None else texts.mask & texts.counted
+        loss = collapse_errors(policy, head, texts).sum() / counted[:, 1:].sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1.0 - number / len(batches))
+        optimizer.step()
+        means.append(loss.item())
     return means

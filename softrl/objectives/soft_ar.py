@@ -6,6 +6,7 @@ into the true ones. That is the state of a generator which collapses correctly, 
 Source: ours (softrl maths, section 9); two passes after Duckworth et al. (2019), arXiv:1906.04331.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -22,35 +23,41 @@ from softrl.types import Texts
 
 @dataclass(frozen=True)
 class SoftARObjective:
-    """What is minimised a token: `w_ce · (−log p(x)) + w_mse · ‖y − sg e_x‖²`.
+    """What is minimised a token: `w_ce · (−log p(x)) + w_mse · ‖y − sg e_x‖² + w_c · ‖c(sg h) − sg e_x‖²`.
 
     Args:
         cross_entropy: w_ce; of logits, which a model with output "embedding" has by distance.
         regression: w_mse, for output "embedding" only.
         detached: whether soft tokens are fed without the graph of the pass that made them.
+        collapse: w_c, of a model's head c that says what soft tokens become; it changes nothing but that head.
     Raises:
-        ValueError: a negative weight, or two that are 0.
+        ValueError: a negative weight or one that is no finite number, or the first two are 0.
     """
 
     cross_entropy: float = 1.0
     regression: float = 0.0
     detached: bool = True
+    collapse: float = 0.0
 
     def __post_init__(self) -> None:
         weights = (self.cross_entropy, self.regression)
-        if min(weights) < 0.0 or not any(weights):
+        if not 0.0 <= self.collapse < math.inf:
+            raise ValueError(f"collapse must not be negative, and a finite number, got {self.collapse}")
+        if not all(0.0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(
-                f"cross_entropy and regression must not be negative, and one of them positive, got {weights}"
+                f"cross_entropy and regression must not be negative, and one of them positive, got {weights}; both "
+                "are finite numbers"
             )
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of tokens 2..T of every text: the loss, with its graph; NLL in nats, squared error (0 without) and hits."""
+    """Of tokens 2..T of every text: the loss, with its graph; NLL in nats, squared errors (0 without) and hits."""
 
     loss: Float[Tensor, "N T"]
     nll: Float[Tensor, "N T"]
     squared_error: Float[Tensor, "N T"]
+    collapse_error: Float[Tensor, "N T"]
     hits: Bool[Tensor, "N T"]
 
 
@@ -106,14 +113,19 @@ def token_scores(
 
 def _chunk(
     model: SoftARForCausalLM, objective: SoftARObjective, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M"]
-) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"], Float[Tensor, "M"], Bool[Tensor, "M"]]:
+) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"], Float[Tensor, "M"], Float[Tensor, "M"], Bool[Tensor, "M"]]:
+    embeds = model.get_input_embeddings()(targets)
     if isinstance(model.lm_head, DistanceHead):
         outputs = model.head.outputs(hidden)
-        logits, error = model.head.logits(outputs), squared_error(outputs, model.get_input_embeddings()(targets))
+        logits, error = model.head.logits(outputs), squared_error(outputs, embeds)
     else:
         logits = model.logits(hidden)
         error = torch.zeros_like(logits[:, 0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = -logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     loss = objective.cross_entropy * nll + objective.regression * error
-    return loss, nll.detach(), error.detach(), logits.argmax(-1) == targets
+    collapse_error = torch.zeros_like(nll)
+    if model.collapse_head is not None:  # which reads the model and does not change it
+        collapse_error = squared_error(model.collapse_head(hidden.detach()), embeds)
+        loss = loss + objective.collapse * collapse_error
+    return loss, nll.detach(), error.detach(), collapse_error.detach(), logits.argmax(-1) == targets

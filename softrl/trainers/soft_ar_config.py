@@ -14,6 +14,8 @@ from softrl.trainers.scheduled import ScheduledArguments
 CORES = ("transformer", "gru")
 SLOT_ORDERS = {"aggregate_first": ("aggregate", "segments"), "aggregate_last": ("segments", "aggregate")}
 
+_COUNTS = ("hidden_size", "num_layers", "num_heads", "block_length_tokens", "max_skipped_steps")
+
 
 @dataclass
 class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
@@ -68,6 +70,11 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
             Of the tokens' negative log-likelihood. With `output="embedding"` it is what holds the embeddings apart.
         regression_weight (`float`, *optional*, defaults to `0.0`):
             Of the squared distance to the true tokens' embeddings behind a stop-gradient; with `output="embedding"`.
+        collapse_head_weight (`float`, *optional*, defaults to `0.0`):
+            Of the squared error of a linear head from hidden states to the next token's embedding, which says what
+            soft tokens become: `softrl generate --collapse learned`. Above 0 the model gets such a head where it has
+            none. The model does not learn from it, but the head's gradient counts in `max_grad_norm`, and Adam does
+            not care how large a loss is: give a small weight such as `0.001`.
         soft_share (`float` or `str`, *optional*, defaults to `0.0`):
             Share of the tokens in the soft region that are fed as the model's own outputs; a number or a schedule. 0
             is pre-training on hard tokens only.
@@ -75,6 +82,9 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
             Whether no gradient goes through what is fed there.
         memory_dropout (`float`, *optional*, defaults to `0.0`):
             Share of the texts that are read without memory, so that the model knows how to do without.
+        eval_beyond_tokens (`int`, *optional*):
+            Evaluations call predictions from more than so many tokens `_beyond`. By default as many as the window
+            holds uncompressed; to compare windows of different sizes give all the largest one's.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Stop after so many steps in a row whose gradients were not finite.
     """
@@ -119,9 +129,11 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
     distance_temperature: float = field(default=0.2, metadata={"help": "Temperature of distances at the start."})
     cross_entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the log-likelihood."})
     regression_weight: float = field(default=0.0, metadata={"help": "Weight of the squared error of embeddings."})
+    collapse_head_weight: float = field(default=0.0, metadata={"help": "Weight of the head that collapses."})
     soft_share: str = field(default=0.0, metadata={"help": "Share of soft tokens; a number or a schedule."})
     detach_soft: bool = field(default=True, metadata={"help": "No gradient goes through soft tokens."})
     memory_dropout: float = field(default=0.0, metadata={"help": "Share of texts that are read without memory."})
+    eval_beyond_tokens: int | None = field(default=None, metadata={"help": "Where an evaluation's `_beyond` begins."})
 
     max_skipped_steps: int = field(default=5, metadata={"help": "Stop after so many steps that were not taken."})
     max_reward_jump: ClassVar[float | None] = None  # of `StepGuardMixin`: there are no rewards
@@ -154,9 +166,11 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
                 raise ValueError(f"{name} is a share and must lie in [0, 1], got {getattr(self, name)!r}")
         if max(shares["soft_share"]) > 0.0 and not self.num_soft:
             raise ValueError(f"soft_share={self.soft_share!r} needs a soft region; pass num_soft, 1 or more")
-        for name in ("block_length_tokens", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (*_COUNTS, "max_length"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if not self.distance_temperature > 0.0:
+            raise ValueError(f"distance_temperature must be positive, got {self.distance_temperature}")
 
     @property
     def layout(self) -> WindowLayout:
@@ -173,4 +187,6 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
     @property
     def objective(self) -> SoftARObjective:
         """What is minimised."""
-        return SoftARObjective(self.cross_entropy_weight, self.regression_weight, self.detach_soft)
+        return SoftARObjective(
+            self.cross_entropy_weight, self.regression_weight, self.detach_soft, self.collapse_head_weight
+        )

@@ -1,7 +1,12 @@
 """How well a softAR model predicts held-out text past its window, and what its memory is worth there.
 
 Every text is read with its own memory, with none (the window slides and truncates), and with that of another text of
-the batch. What memory gives beyond having something in its slots is the difference from the last.
+the batch. What memory gives beyond having something in its slots is the difference from the last. A text that ends
+before a window has no memory to lend there: tokens of longer texts in such windows, which are read without any, do not
+count in the permuted numbers.
+
+"Beyond" is what is predicted from more than `beyond_tokens` tokens, the model's own window by default. Models with
+windows of different sizes are compared beyond one number of tokens, that of the largest.
 """
 
 import math
@@ -27,15 +32,21 @@ class ReadText:
     Attributes:
         text_index: of its row.
         window: in which the token is predicted; in the first one there is no memory.
+        read: how many tokens it is predicted from.
+        is_lent: whether the text before it in the batch reaches that window's start, so that it has memory to lend.
         nll, hits: by the way it was read, nats and 0 or 1; `PERMUTED` is missing where a batch had no other text.
         squared_error: of the embedding that is put out, 0 where none is.
+        collapse_error: of the head that collapses, 0 where there is none.
     """
 
     text_index: int
     window: list[int]
+    read: list[int]
+    is_lent: list[bool]
     nll: dict[str, list[float]] = field(default_factory=dict)
     hits: dict[str, list[float]] = field(default_factory=dict)
     squared_error: list[float] = field(default_factory=list)
+    collapse_error: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -43,8 +54,13 @@ def read_texts(model: SoftARForCausalLM, texts: Texts, indices: list[int]) -> li
     """Texts in every way; with a soft region also with the model's own outputs in it."""
     layout, rows = model.model.layout, torch.arange(len(indices), device=texts.ids.device)
     counted = (texts.mask if texts.counted is None else texts.mask & texts.counted)[:, 1:]
-    window = layout.window_of(texts.mask.long().cumsum(-1)[:, :-1] - 1)
-    made = [ReadText(index, window[row][counted[row]].tolist()) for row, index in enumerate(indices)]
+    read = texts.mask.long().cumsum(-1)[:, :-1]
+    window = layout.window_of(read - 1)
+    is_lent = window * layout.stride < texts.mask.sum(-1).roll(1)[:, None]
+    made = [
+        ReadText(index, *(each[row][counted[row]].tolist() for each in (window, read, is_lent)))
+        for row, index in enumerate(indices)
+    ]
     ways: dict[str, Tensor | None] = {OWN: None}
     if layout.num_slots:
         ways[TRUNCATED] = torch.full_like(rows, NO_MEMORY)
@@ -60,33 +76,38 @@ def read_texts(model: SoftARForCausalLM, texts: Texts, indices: list[int]) -> li
                 text.hits[way] = scores.hits[row][counted[row]].float().tolist()
                 if way == OWN:
                     text.squared_error.extend(scores.squared_error[row][counted[row]].tolist())
+                    text.collapse_error.extend(scores.collapse_error[row][counted[row]].tolist())
     return made
 
 
-def summary(texts: list[ReadText], model: SoftARForCausalLM) -> dict[str, float]:
-    """Means over tokens, in nats: all, those `_beyond` the first window, and by window; what memory gains there.
+def summary(texts: list[ReadText], model: SoftARForCausalLM, beyond_tokens: int) -> dict[str, float]:
+    """Means over tokens, in nats: all, those `_beyond` so many tokens, and by window; what memory gains there.
 
     Without slots there is one way to read a text; its numbers then stand under all names, so that tables compare.
     """
     values = {}
-    window = _joined([text.window for text in texts])
-    beyond = window > 0
+    window, read = _joined([text.window for text in texts]), _joined([text.read for text in texts])
+    beyond = read > beyond_tokens
     for way in (OWN, TRUNCATED, PERMUTED, SOFT):
         there = [text for text in texts if way in text.nll]
         if not there and (way == SOFT or model.model.layout.num_slots):
             continue
         source, rows = (way, there) if there else (OWN, texts)
-        nll, hits = (_joined([getattr(text, name)[source] for text in rows]) for name in ("nll", "hits"))
-        places = _joined([text.window for text in rows])
-        values |= _means(f"nll{way}", nll, places) | _means(f"accuracy{way}", hits, places)
+        keep = _kept(rows, source)
+        is_beyond = _joined([text.read for text in rows])[keep] > beyond_tokens
+        for name in ("nll", "hits"):
+            numbers = _joined([getattr(text, name)[source] for text in rows])[keep]
+            values |= _means(f"{'accuracy' if name == 'hits' else name}{way}", numbers, is_beyond)
     values |= {"loss": values["nll"], "perplexity": math.exp(values["nll"])}
     if beyond.any():
         values |= {"perplexity_beyond": math.exp(values["nll_beyond"]), "tokens_beyond": float(beyond.sum())}
     for number in range(1, min(int(window.max()), _MOST_WINDOWS) + 1):
         for way in (OWN, TRUNCATED):
             nll = _joined([text.nll.get(way, text.nll[OWN]) for text in texts])
-            values[f"window_{number}/nll{way}"] = nll[window == number].mean().item()
-    values |= _gains(texts)
+            values |= _means(f"window_{number}/nll{way}", nll[window == number])
+    values |= _gains(texts, beyond_tokens)
+    if model.config.collapse_head:
+        values["collapse_error"] = _joined([text.collapse_error for text in texts]).mean().item()
     if model.config.output == "embedding":
         values["squared_error"] = _joined([text.squared_error for text in texts]).mean().item()
         values["embedding_spread"] = embedding_spread(model.head.embeddings.double()).item()
@@ -94,16 +115,22 @@ def summary(texts: list[ReadText], model: SoftARForCausalLM) -> dict[str, float]
     return values
 
 
-def _gains(texts: list[ReadText]) -> dict[str, float]:
-    """What a text's own memory saves beyond the first window, nats a token: mean over texts and its standard error."""
+def _kept(texts: list[ReadText], way: str) -> Tensor:
+    """Which tokens of texts one after another count, read in a way."""
+    is_lent = _joined([text.is_lent for text in texts]) > 0.0
+    return is_lent if way == PERMUTED else torch.ones_like(is_lent)
+
+
+def _gains(texts: list[ReadText], beyond_tokens: int) -> dict[str, float]:
+    """What a text's own memory saves beyond so many tokens, nats a token: mean over texts and its standard error."""
     found = {}
     for way in (TRUNCATED, PERMUTED):
         gains = []
         for text in texts:
-            beyond = torch.tensor(text.window) > 0
-            if way in text.nll and beyond.any():
+            counts = _kept([text], way) & (torch.tensor(text.read) > beyond_tokens)
+            if way in text.nll and counts.any():
                 other, own = (torch.tensor(text.nll[each], dtype=torch.float64) for each in (way, OWN))
-                gains.append((other - own)[beyond].mean())
+                gains.append((other - own)[counts].mean())
         if len(gains) > 1:
             values = torch.stack(gains)
             found[f"gain{way}"] = values.mean().item()
@@ -111,10 +138,10 @@ def _gains(texts: list[ReadText]) -> dict[str, float]:
     return found
 
 
-def _means(name: str, numbers: Tensor, window: Tensor) -> dict[str, float]:
-    beyond = window > 0
-    found = {name: numbers.mean().item()}
-    return found | ({f"{name}_beyond": numbers[beyond].mean().item()} if beyond.any() else {})
+def _means(name: str, numbers: Tensor, beyond: Tensor | None = None) -> dict[str, float]:
+    """Of all and of those beyond; nothing of none."""
+    groups = {name: numbers} | ({} if beyond is None else {f"{name}_beyond": numbers[beyond]})
+    return {name: group.mean().item() for name, group in groups.items() if len(group)}
 
 
 def _joined(columns: list[list]) -> Tensor:

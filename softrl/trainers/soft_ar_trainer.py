@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
 
 from softrl.contexts.soft_ar import NO_MEMORY, SoftARForCausalLM
 from softrl.data.texts import INDEX_COLUMN
@@ -21,6 +22,8 @@ from softrl.trainers.plain_text_trainer import PlainTextTrainer
 from softrl.trainers.soft_ar_config import SoftARTrainingConfig
 from softrl.trainers.soft_ar_evaluation import ReadText, read_texts, summary
 from softrl.types import Texts
+
+logger = logging.get_logger(__name__)
 
 _MEMORY = 1  # of a text's random streams: 0 says which tokens are soft
 
@@ -96,7 +99,14 @@ class SoftARTrainer(PlainTextTrainer):
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> SoftARForCausalLM:
         windowed = soft_ar_model(model, args)
+        if args.collapse_head_weight > 0.0 and windowed.collapse_head is None:
+            windowed.add_collapse_head()
         check_policy(Policy(windowed))
+        if args.eval_beyond_tokens is not None and args.eval_beyond_tokens < windowed.model.layout.uncompressed:
+            raise ValueError(
+                f"eval_beyond_tokens={args.eval_beyond_tokens} is inside the window, whose first "
+                f"{windowed.model.layout.uncompressed} tokens have no memory; give as many or more"
+            )
         return windowed
 
     # Data
@@ -150,13 +160,15 @@ class SoftARTrainer(PlainTextTrainer):
     @torch.no_grad()
     def _record(self, texts: Texts, scores: TokenScores, counted: Tensor) -> None:
         values = {"nll": scores.nll, "accuracy": scores.hits, "squared_error": scores.squared_error}
+        values["collapse_error"] = scores.collapse_error
         sums = [(value.double() * counted).sum() for value in values.values()]
         sums += [counted.sum().double(), texts.mask.sum().double()]
         *numbers, count, tokens = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
         self.state.num_input_tokens_seen += int(tokens)
         logged = {name: value / max(count, 1.0) for name, value in zip(values, numbers, strict=True)}
-        if self.accelerator.unwrap_model(self.model).config.output != "embedding":
-            del logged["squared_error"]
+        config = self.accelerator.unwrap_model(self.model).config
+        missing = {"squared_error": config.output != "embedding", "collapse_error": not config.collapse_head}
+        logged = {name: value for name, value in logged.items() if not missing.get(name)}
         self._metrics.add(logged)
 
     # Evaluation
@@ -167,16 +179,43 @@ class SoftARTrainer(PlainTextTrainer):
             return read_texts(model, self._texts(rows), [row[INDEX_COLUMN] for row in rows])
 
     def summarised(self, model: SoftARForCausalLM) -> dict[str, float]:
-        return summary(self.last_evaluation, model) | num_parameters(model)
+        beyond = self.args.eval_beyond_tokens or model.model.layout.uncompressed
+        return summary(self.last_evaluation, model, beyond) | num_parameters(model)
 
 
 def soft_ar_model(model: "str | PreTrainedModel", args: SoftARTrainingConfig) -> SoftARForCausalLM:
-    """The model that is trained: as it is where it has a window, else a causal LM behind the window of `args`."""
+    """The model that is trained: as it is where it has a window, else a causal LM behind the window of `args`.
+
+    Raises:
+        ValueError: a weight or a share asks for an output or a soft region that the model's own window has not.
+        TypeError: no causal LM that reads embeddings.
+    """
     loaded: Any = load_model(model, args)
     if isinstance(loaded, SoftARForCausalLM):
+        _check_own_window(loaded, args)
         return loaded
+    _ = Policy(loaded)  # its error says what is wanted
     settings = {"output": args.output, "distance_temperature": args.distance_temperature}
     return SoftARForCausalLM.from_backbone(loaded, args.layout, **settings)
+
+
+def _check_own_window(model: SoftARForCausalLM, args: SoftARTrainingConfig) -> None:
+    """Raise on what the model cannot learn, and name the settings of a window that it does not get."""
+    output, layout = model.config.output, model.model.layout
+    if args.regression_weight > 0.0 and output != "embedding":
+        raise ValueError(
+            f"regression_weight={args.regression_weight} is of a vector that is put out, and the model has "
+            f"output={output!r} already; leave it out, or begin with a causal LM that has no window"
+        )
+    if max(args.schedules()["soft_share"].ends()) > 0.0 and not layout.num_soft:
+        raise ValueError(
+            f"soft_share={args.soft_share!r} needs a soft region, and the model's window has num_soft=0 already; "
+            "leave it out, or begin with a causal LM that has no window"
+        )
+    pairs = {name: (getattr(args.layout, name), getattr(layout, name)) for name in layout.__dataclass_fields__}
+    pairs["output"] = (args.output, output)
+    if others := [f"{name}={given!r} (it has {own!r})" for name, (given, own) in pairs.items() if given != own]:
+        logger.warning(f"The model has a window already and keeps it; these settings do nothing: {', '.join(others)}.")
 
 
 def num_parameters(model: SoftARForCausalLM) -> dict[str, float]:

@@ -10,10 +10,14 @@ from trainers.tiny import word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softrl.cli import evaluate, generate
-from softrl.cli.train import main
+from softrl.cli.scratch import _soft_ar as from_scratch
+from softrl.cli.train import main, parse
 from softrl.contexts.collapse import selective
 from softrl.contexts.soft_ar import SoftARForCausalLM
-from softrl.generation.soft_ar import SoftWriting, soft_ar_generate
+from softrl.contexts.window import WindowLayout
+from softrl.data.characters import character_tokenizer, shakespeare
+from softrl.generation.soft_ar import SoftWriting, learned, soft_ar_generate
+from softrl.trainers.soft_ar_trainer import soft_ar_model
 from softrl.types import Prompts
 
 pytestmark = pytest.mark.slow  # imports trl
@@ -41,6 +45,7 @@ def tiny(tmp_path, monkeypatch):
     return arguments(
         trainer="soft_ar", dataset_name="corpus.txt", num_eval_prompts=3, block_length_tokens=48, hidden_size=16,
         num_layers=1, num_heads=2, num_segments=1, segment_tokens=6, num_hard=8, num_soft=4, soft_share=0.5,
+        collapse_head_weight=1.0,
         per_device_train_batch_size=4, max_steps=4, output_dir="run", **QUICK,
     )  # fmt: skip
 
@@ -73,6 +78,7 @@ def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
     for collapse, writing in (
         ("all", SoftWriting()),
         ("distance:0.01", SoftWriting(which=selective("distance", 0.01))),
+        ("learned", SoftWriting(learned(model.collapse_head))),
     ):
         assert generate.main([*command, "--collapse", collapse]) == 0
         text = soft_ar_generate(model.eval(), prompt, 30, soft=writing, eos_ids=(tokenizer.eos_token_id,))
@@ -93,9 +99,15 @@ def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--collapse", "some"], "must be all, distance:LEAST or entropy:LEAST with a number, 0 or more, got 'some'"),
+        (["--collapse", "some"], "or entropy:LEAST with a number, 0 or more, got 'some'"),
         (["--collapse", "distance:near"], "got 'distance:near'"),
-        (["--collapse", "all", "--hard"], "writes soft tokens and no record of them; leave out --hard"),
+        (["--collapse", "all", "--hard"], "own soft outputs and no record of them; leave out --hard"),
+        (["--collapse", "all", "--thinking"], "leave out --thinking"),
+        (["--collapse", "all", "--soft_temperature", "0.5"], "leave out --soft_temperature"),
+        (["--collapse", "all", "--max_entropy_nats", "0"], "leave out --max_entropy_nats"),
+        (["--collapse", "all", "--temperature", "0.5"], "--temperature is of draws; give --do_sample as well"),
+        (["--collapse", "all", "--basis_aware", "0.01"], "with --collapse give --do_sample as well"),
+        (["--collapse", "all", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["--collapse", "all"], "needs a window that moves on, and plain has none"),
     ],
 )
@@ -105,6 +117,27 @@ def test_collapse_is_of_softar_models(tmp_path, monkeypatch, capsys, options, me
     word_tokenizer().save_pretrained("plain")
     assert generate.main(["--model", "plain", "--prompt", "w3 w4", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_recipe_has_the_size_of_nanogpt_and_the_window_of_the_notes():
+    _, training, _ = parse(["--config", "soft_ar/nanogpt"])
+    assert training.layout == WindowLayout.notes(256)
+    tokenizer = character_tokenizer(shakespeare("train"))
+    model = soft_ar_model(from_scratch(training, tokenizer), training)
+    # Its own, with the same characters, is said to have 10.65M; here place types come on top.
+    assert model.num_parameters() == pytest.approx(10.65e6, rel=0.01)
+
+
+def test_a_window_without_what_a_collapse_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for layout, options, message in (
+        (WindowLayout(1, 3, 4, 0), "all", "--collapse writes soft tokens, and the window of run has num_soft=0"),
+        (WindowLayout(1, 3, 3, 2), "learned", "--collapse learned needs a model with a head for it"),
+    ):
+        SoftARForCausalLM.from_backbone(llama().float(), layout).save_pretrained("run")
+        word_tokenizer().save_pretrained("run")
+        assert generate.main(["--model", "run", "--prompt", "w3 w4", "--collapse", options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def vowels(tokens):

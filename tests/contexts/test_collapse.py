@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from contexts.test_soft_ar import soft_ar
+from contexts.test_soft_ar import texts as texts_of
 from helpers import V, gpt2
+from transformers import AutoModelForCausalLM
 
-from softrl.contexts.collapse import LearnedCollapse, collapsed, selective
+from softrl.contexts.collapse import LearnedCollapse, selective
 from softrl.generation.soft_ar import SoftWriting, soft_ar_generate
 from softrl.models.policy import Policy
 from softrl.objectives.learned_collapse import collapse_errors, fit_collapse
-from softrl.types import Texts
+from softrl.types import Prompts, Texts
 
 
 @pytest.mark.parametrize(("by", "threshold", "expected"), [
@@ -21,20 +24,6 @@ from softrl.types import Texts
 def test_far_or_uncertain_tokens_are_replaced(by, threshold, expected):
     measures = SimpleNamespace(distance=torch.tensor([0.0, 0.5, 0.7]), entropy=torch.tensor([2.0, 0.0, 0.1]))
     assert selective(by, threshold)(measures).tolist() == expected
-
-
-def test_only_what_is_chosen_changes_and_to_the_nearest_token():
-    policy = Policy(gpt2())
-    table = policy.embed(torch.arange(V))
-    generator = torch.Generator().manual_seed(0)
-    embeds = (table[[4, 7, 9]] + 0.05 * torch.randn(3, 16, generator=generator, dtype=torch.float64)).requires_grad_()
-    hard, ids = collapsed(policy, embeds, torch.tensor([True, False, True]))
-    assert ids.tolist() == [4, 7, 9]
-    assert torch.equal(hard, torch.stack([table[4], embeds[1], table[9]]))
-    assert not hard.requires_grad
-    mapped = table[[1, 2, 3]]
-    assert torch.equal(collapsed(policy, embeds, mapped=mapped)[0], mapped)
-    assert collapsed(policy, 5.0 * embeds, metric="cosine")[1].tolist() == [4, 7, 9]
 
 
 def markov_texts(count, length, generator):
@@ -121,6 +110,21 @@ def test_errors_are_counted_where_texts_are_and_targets_get_no_gradient():
         collapse_errors(policy, head, Texts(texts.ids, mask.flip(1)))
 
 
+@pytest.mark.parametrize("core", ["llama", "gpt2"])
+def test_a_model_keeps_its_head(tmp_path, core):
+    """Fitted after training, saved with the model, and no part of what the model says otherwise."""
+    model, ids = soft_ar(core), texts_of(3, 9)
+    before = model(ids).logits
+    batch = Texts(ids, torch.ones_like(ids, dtype=torch.bool))
+    fit_collapse(Policy(model), model.add_collapse_head(), [batch] * 3)
+    assert torch.equal(model(ids).logits, before)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float64")
+    hidden = again.model(ids).last_hidden_state
+    torch.testing.assert_close(again.collapse_head(hidden), model.collapse_head(hidden))
+    assert torch.equal(again.collapse_head.layers.weight, model.collapse_head.layers.weight)
+
+
 def test_what_cannot_be_a_rule_is_refused():
     for by, threshold, message in (("norm", 1.0, "by must be one of"), ("entropy", -0.1, "threshold must be 0 or")):
         with pytest.raises(ValueError, match=message):
@@ -128,11 +132,7 @@ def test_what_cannot_be_a_rule_is_refused():
 
 
 def test_the_generator_collapses_by_these_rules():
-    from contexts.test_soft_ar import soft_ar, texts
-
-    from softrl.types import Prompts
-
-    model, ids = soft_ar("gpt2", "soft", "tokens"), texts(2, 5)
+    model, ids = soft_ar("gpt2", "soft", "tokens"), texts_of(2, 5)
     prompts = Prompts(ids, torch.ones_like(ids, dtype=torch.bool))
     whole = soft_ar_generate(model, prompts, 24, soft=SoftWriting())
     middle = whole.distance[whole.collapsed].median().item()

@@ -1,18 +1,17 @@
 """softAR models against windows that are built by hand, one at a time, and against the language model inside."""
 
-import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from helpers import V, gemma3, gpt2, gru, llama, prompts
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from softrl.contexts.distance_head import DistanceHead, distance_logits
 from softrl.contexts.soft_ar import NO_MEMORY, SoftARForCausalLM, SoftARModel
 from softrl.contexts.soft_ar_config import SoftARConfig
 from softrl.contexts.window import WindowLayout
+from softrl.generation.soft_ar import soft_ar_generate
 from softrl.models.policy import Policy, check_policy
 from softrl.models.state import PrefixState
 from softrl.types import Prompts
@@ -195,6 +194,33 @@ def test_step_by_step_is_the_parallel_pass(name, layout, output):
         torch.testing.assert_close(again, expected[:, 7:10], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["gpt2", "gru"])
+def test_an_enriched_token_is_as_if_it_had_been_so(name, layout):
+    """In the window, in a segment, in the aggregate or forgotten: against the forward pass over the changed history,
+    until it has left all of them. A branch from before keeps its own past."""
+    policy, ids = Policy(soft_ar(name, layout)), texts(3, 30)
+    mask = torch.arange(11) >= torch.tensor([0, 4, 8])[:, None]
+    start, x = Prompts(ids[:, :11], mask), policy.embed(ids).detach()
+    generator = torch.Generator().manual_seed(4)
+    before = policy.hidden(start, x[:, 11:])
+    for back in (0, 5, 9):  # tokens before the newest
+        _, state = policy.begin(start, 1, 19)
+        policy.advance(state, x[:, 11:16])
+        branch = state.branched(torch.arange(3))
+        delta = torch.randn(3, x.shape[-1], generator=generator, dtype=x.dtype)
+        column, changed = 15 - back, x.clone()
+        changed[[0, 2], column] += delta[[0, 2]] * mask[[0, 2], min(column, 10), None]
+        positions = torch.tensor([column, -1, column - 8 if column >= 8 else -1])
+        whole = torch.nn.functional.pad(mask, (0, 19), value=True)
+        expected = policy.decoder(inputs_embeds=changed, attention_mask=whole).last_hidden_state
+        torch.testing.assert_close(state.enrich(positions, delta), expected[:, 15], rtol=1e-6, atol=1e-6)
+        for t in range(16, 29):
+            hidden = policy.advance(state, x[:, t : t + 1])[:, 0]
+            torch.testing.assert_close(hidden, expected[:, t], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(policy.advance(branch, x[:, 16:17])[:, 0], before[:, 6], rtol=1e-6, atol=1e-6)
+
+
 def test_several_samples_of_a_prompt_share_its_window():
     policy, batch = Policy(soft_ar()), prompts()
     x = policy.embed(texts(6, 9))
@@ -233,19 +259,6 @@ def test_transformers_generate_is_the_greedy_continuation(name):
 # What it puts out.
 
 
-def test_logits_by_distance_and_a_head_that_moves():
-    model, ids = soft_ar(output="embedding"), texts(1)
-    table, head = model.get_input_embeddings().weight, model.head
-    output = model.model(ids).last_hidden_state[0, 4] @ head.projection.weight.T + head.projection.bias
-    expected = torch.stack([-((output - table[v]) ** 2).sum() / 0.2 for v in range(V)])
-    torch.testing.assert_close(model(ids).logits[0, 4], expected)
-    torch.testing.assert_close(distance_logits(output, table, 0.4), expected / 2)
-    torch.testing.assert_close(model.soft_outputs(model.model(ids).last_hidden_state)[0, 4], output)
-    model(ids).logits.square().sum().backward()
-    assert head.log_temperature.grad.abs() > 0.0
-    assert table.grad[0].norm() > 0.0  # of a token that the text has not
-
-
 def test_the_soft_output_of_logits_is_the_mixture():
     model, ids = soft_ar("gemma3"), texts(1)  # it scales embeddings inside its module and caps logits
     hidden = model.model(ids).last_hidden_state[0, :2]
@@ -253,11 +266,6 @@ def test_the_soft_output_of_logits_is_the_mixture():
     torch.testing.assert_close(model.soft_outputs(hidden), expected)
     with pytest.raises(ValueError, match="output='tokens' has logits and no vector y"):
         _ = model.head
-
-
-def test_a_scaled_embedding_has_its_distances_scaled():
-    head = soft_ar("gemma3", output="embedding").head
-    torch.testing.assert_close(head.embeddings, 4.0 * head._embedding[0].weight)  # sqrt(16)
 
 
 def test_the_loss_is_the_cross_entropy_of_what_is_labelled():
@@ -268,6 +276,15 @@ def test_the_loss_is_the_cross_entropy_of_what_is_labelled():
     expected = nn.functional.cross_entropy(output.logits[:, 5:-1].flatten(0, 1), ids[:, 6:].flatten())
     torch.testing.assert_close(output.loss.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
+
+
+def test_padding_predicts_nothing():
+    """Labelled texts padded on the left have the loss of the same texts without padding."""
+    model, ids = soft_ar(), texts(1, 9)
+    padded = nn.functional.pad(ids, (4, 0), value=2)
+    mask = torch.arange(13)[None] >= 4
+    loss = model(padded, mask, labels=padded.masked_fill(~mask, -100)).loss
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss)
 
 
 # Saving.
@@ -317,14 +334,6 @@ def test_a_vocabulary_that_has_grown_is_saved_as_it_is(tmp_path):
     assert again.get_input_embeddings().weight.shape[0] == V + 3 == again(texts(1)).logits.shape[-1]
 
 
-def test_a_copy_has_its_own_embedding_for_distances():
-    model = soft_ar(output="embedding")
-    other = copy.deepcopy(model)
-    assert isinstance(other.lm_head, DistanceHead)
-    assert other.lm_head.embeddings is other.get_input_embeddings().weight
-    assert other.lm_head.embeddings is not model.get_input_embeddings().weight
-
-
 # What is refused.
 
 
@@ -356,6 +365,28 @@ def test_configurations_are_read_by_transformers(tmp_path):
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is SoftARConfig
     assert (again.layout, again.vocab_size, again.hidden_size) == (config().layout, V, 16)
+
+
+def test_embeddings_of_another_width_than_the_states_are_refused():
+    """OPT can project its embeddings, inside the decoder that reads them."""
+    sizes = {"vocab_size": V, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=8, max_position_embeddings=64))
+    with pytest.raises(ValueError, match="token embeddings are 8 wide, and its hidden_size is 16"):
+        SoftARForCausalLM.from_backbone(lm, LAYOUTS["soft"])
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_eager_attention_in_float64_is_refused_where_a_place_is_empty(steps):
+    """Its softmax is in float32, where the mask of float64 is infinite."""
+    lm = llama()
+    lm.set_attn_implementation("eager")
+    model, ids = SoftARForCausalLM.from_backbone(lm, LAYOUTS["hard"]), texts(1)
+    model.set_attn_implementation("eager")
+    start = Prompts(ids[:, :5], torch.ones(1, 5).bool())
+    with pytest.raises(ValueError, match="float32, sdpa attention"):
+        _ = soft_ar_generate(model, start, 12) if steps else model(ids)
+    assert model(ids[:, :4]).logits.isfinite().all()
+    assert model.float()(ids).logits.isfinite().all()
 
 
 def test_bad_inputs_are_refused():

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -261,6 +262,9 @@ def test_what_cannot_be_a_layout_is_refused():
     for name, value in bad.items():
         with pytest.raises(ValueError, match=name):
             WindowLayout(**(good | {name: value}))
+    for value in (2, "no"):  # not by the constructor, whose types are checked here
+        with pytest.raises(ValueError, match=f"aggregate must be True or False, got {value!r}"):
+            WindowLayout._check_names(SimpleNamespace(**{**good, "aggregate": value}))
     with pytest.raises(ValueError, match=r"num_hard \+ num_soft must be 1 or more"):
         WindowLayout(1, 1, 0, 0)
 

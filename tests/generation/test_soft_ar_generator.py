@@ -154,6 +154,8 @@ def test_the_cache_is_used_and_its_size_does_not_grow():
     assert sum(fed) < 200 + 50 * model.model.layout.size
 
 
-def test_soft_tokens_need_a_soft_region():
+def test_soft_tokens_need_a_soft_region_and_texts_a_token():
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 0)
     with pytest.raises(ValueError, match=r"no place for soft tokens \(num_soft=0\); pass None"):
         soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 3, soft=SoftWriting())

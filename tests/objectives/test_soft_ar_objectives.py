@@ -1,5 +1,7 @@
 """Regression to embeddings by hand, what holds embeddings apart, and two-pass feeding against a loop over windows."""
 
+import math
+
 import pytest
 import torch
 from contexts.test_soft_ar import LAYOUTS, embedded, soft_ar, texts
@@ -131,7 +133,7 @@ def test_without_a_soft_region_nothing_is_soft():
     assert torch.equal(text_hidden(model, given(ids), is_soft), text_hidden(model, given(ids)))
 
 
-@pytest.mark.parametrize("weights", [(-1.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (0.0, 0.0), (math.nan, 1.0), (1.0, math.inf)])
 def test_bad_weights_are_refused(weights):
     with pytest.raises(ValueError, match="must not be negative, and one of them positive, got"):
         SoftARObjective(*weights)

@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from softrl.contexts.soft_ar import SoftARForCausalLM
 from softrl.contexts.soft_ar_config import SoftARConfig
 from softrl.contexts.window import WindowLayout
-from softrl.trainers import SoftARTrainer, SoftARTrainingConfig
+from softrl.models.policy import Policy
+from softrl.models.reasoner import ReasonerForCausalLM
+from softrl.models.reasoner_config import ReasonerConfig
+from softrl.objectives.learned_collapse import collapse_errors
+from softrl.trainers import SoftARTrainer, SoftARTrainingConfig, soft_ar_trainer
+from softrl.types import Texts
 
 pytestmark = pytest.mark.slow  # imports trl
 
@@ -123,6 +128,38 @@ def test_an_evaluation_by_hand(tmp_path):
     assert found["eval_num_parameters_without_embeddings"] == inside
 
 
+def test_a_short_text_lends_its_memory_as_far_as_it_goes(tmp_path):
+    """Beyond that a text is read without any, which is no test of memory: such tokens do not count."""
+    ids = [texts(1, 3, 14)["input_ids"][0], texts(1, 4, 6)["input_ids"][0]]
+    made = trainer(tmp_path, evaluation=Dataset.from_dict({"input_ids": ids}))
+    model = made.model.eval()
+    rows = torch.tensor([ids[0], ids[1] + [2] * 8])
+    with torch.no_grad():
+        logits = model(rows, torch.arange(14) < torch.tensor([[14], [6]]), memory_of=torch.tensor([1, 0])).logits
+    permuted = -logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+    own = nll_by_hand(model, ids[0])
+    found = made.evaluate()
+    # Windows of five tokens move on by two: the third begins at 4, the fourth at 6, where the short text has ended.
+    counted = torch.cat([permuted[0, :9], permuted[1, :5]])
+    assert found["eval_nll_permuted"] == pytest.approx(counted.mean().item())
+    assert found["eval_nll_permuted_beyond"] == pytest.approx(permuted[0, 5:9].mean().item())
+    assert found["eval_nll_beyond"] == pytest.approx(own[5:].mean().item())
+    assert "eval_gain_permuted" not in found  # of one text there is no standard error
+
+
+def test_beyond_begins_where_it_is_said(tmp_path):
+    """Arms of a sweep whose windows differ in size count the same tokens."""
+    rows = texts(2, seed=3, length=14)
+    made = trainer(tmp_path, evaluation=rows, eval_beyond_tokens=8)
+    own = torch.stack([nll_by_hand(made.model.eval(), ids) for ids in rows["input_ids"]])
+    found = made.evaluate()
+    assert found["eval_nll_beyond"] == pytest.approx(own[:, 8:].mean().item())
+    assert found["eval_tokens_beyond"] == 10
+    assert found["eval_window_1/nll"] == pytest.approx(own[:, 5:7].mean().item())
+    with pytest.raises(ValueError, match="eval_beyond_tokens=4 is inside the window, whose first 5 tokens"):
+        trainer(tmp_path, eval_beyond_tokens=4)
+
+
 def test_what_is_fed_soft_is_what_an_evaluation_measures(tmp_path):
     made = trainer(
         tmp_path, evaluation=texts(2, seed=3, length=14), max_steps=1, soft_share=1.0, train=texts(2, 3, 14)
@@ -176,6 +213,26 @@ def test_a_run_goes_on_exactly(tmp_path):
     torch.testing.assert_close(parameters_of(resumed), parameters_of(straight), rtol=0.0, atol=0.0)
 
 
+def test_a_head_for_collapses_is_fitted_beside_the_model(tmp_path):
+    """Its loss by `collapse_errors`; the model itself moves as it does without one."""
+    rows, moved = texts(4, length=9), {}
+    for weight in (0.0, 0.7):
+        made = trainer(tmp_path, train=rows, max_steps=1, collapse_head_weight=weight)
+        model = copy.deepcopy(made.model)
+        made.train()
+        moved[weight] = dict(made.model.named_parameters())
+    ids = torch.tensor(rows["input_ids"])
+    errors = collapse_errors(Policy(model), model.collapse_head, Texts(ids, torch.ones_like(ids).bool()))
+    assert logs_of(made, "collapse_error") == pytest.approx([errors.mean().item()])
+    (grad,) = torch.autograd.grad(errors.mean(), model.collapse_head.layers.weight)
+    expected = model.collapse_head.layers.weight - 0.05 * 0.7 * grad
+    torch.testing.assert_close(moved[0.7]["collapse_head.layers.weight"], expected)
+    assert not any("collapse" in name for name in moved[0.0])
+    for name, parameter in moved[0.0].items():
+        torch.testing.assert_close(moved[0.7][name], parameter, msg=name)
+    assert made.evaluate()["eval_collapse_error"] > 0.0
+
+
 def test_a_causal_lm_gets_the_window_and_what_is_saved_trains_on(tmp_path):
     made = trainer(tmp_path, llama(), normalisation="learned", slot_order="aggregate_last", stride=1)
     layout = WindowLayout(**WINDOW, order=("segments", "aggregate"), normalisation="learned", stride=1)
@@ -204,6 +261,45 @@ def test_a_reward_trains_it_on_prompts_longer_than_its_window(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (
+            ("gpt2", "soft", "tokens"),
+            {"output": "embedding", "regression_weight": 1.0, "cross_entropy_weight": 0.0},
+            "regression_weight=1.0 is of a vector that is put out, and the model has output='tokens' already",
+        ),
+        (
+            ("gpt2", "hard", "tokens"),
+            {"soft_share": "linear:0->0.5"},
+            "soft_share='linear:0->0.5' needs a soft region, and the model's window has num_soft=0 already",
+        ),
+    ],
+)
+def test_a_model_with_a_window_is_not_asked_for_what_it_has_not(tmp_path, model, settings, message):
+    """Once such a run ended as if it had trained."""
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, soft_ar(*model), **settings)
+
+
+def test_settings_of_a_window_that_a_model_does_not_get_are_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(soft_ar_trainer.logger, "warning", said.append)
+    trainer(tmp_path, soft_ar())
+    assert said == []
+    trainer(tmp_path, soft_ar(), num_hard=7, slot_order="aggregate_last", output="embedding")
+    (warning,) = said
+    assert "num_hard=7 (it has 3), order=('segments', 'aggregate') (it has ('aggregate', 'segments'))" in warning
+    assert "output='embedding' (it has 'tokens')" in warning
+    assert "num_soft" not in warning
+
+
+def test_a_model_that_reads_no_embeddings_is_refused(tmp_path):
+    config = ReasonerConfig(vocab_size=V, base_lm_size=8, reasoner_size=8, interpreter_size=8)
+    with pytest.raises(TypeError, match="ReasonerForCausalLM has no parallel forward over inputs_embeds"):
+        trainer(tmp_path, ReasonerForCausalLM(config))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True is not for windows"),
@@ -216,6 +312,11 @@ def test_a_reward_trains_it_on_prompts_longer_than_its_window(tmp_path):
         ({"memory_dropout": 1.5}, r"memory_dropout is a share and must lie in \[0, 1\], got 1.5"),
         ({"cross_entropy_weight": 0.0}, "one of them positive, got"),
         ({"stride": 9}, "stride must be a whole number, from 1 to num_hard"),
+        ({"cross_entropy_weight": float("nan")}, "must not be negative, and one of them positive, got"),
+        ({"collapse_head_weight": -1.0}, "collapse must not be negative, and a finite number, got -1.0"),
+        ({"distance_temperature": -1.0}, "distance_temperature must be positive, got -1.0"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"block_length_tokens": 0}, "block_length_tokens must be at least 1, got 0"),
     ],
 )
