@@ -6,6 +6,7 @@ other. A setting without a value of x is a horizontal line.
 
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from softrl.studies.sweep import SEED, Trial
 from softrl.studies.sweep_question import Question
 from softrl.studies.sweep_summary import Pair, Setting, baseline_words, word
 from softrl.studies.variance_style import COLOURS, Style, png, pyplot, styles
+
+_LABEL_WIDTH = 44  # characters of an axis label that fit along a panel
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def plot_question(question: Question, rows: Sequence[Setting], path: Path) -> No
         _panel(panels[0], layout, of_facet, looks, draw, question.metric, title, _metrics)
         if compared:
             paired = [row for row in of_facet if row.pairs]
-            name = f"{question.metric}: difference to {baseline_words(question)}"
+            name = textwrap.fill(f"{question.metric}: difference to {baseline_words(question)}", _LABEL_WIDTH)
             _panel(panels[1], layout, paired, looks, draw, name, title, lambda row: ([], row.difference))
             (panels[1].axvline if categories else panels[1].axhline)(0.0, color="0.4", linewidth=1.0)
             if categories:
