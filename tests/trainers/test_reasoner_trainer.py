@@ -117,6 +117,20 @@ def test_policy_weight_zero_leaves_thoughts_as_they_were(tmp_path, objective):
     assert {"cores.A.decoder.cells.0.weight_hh", "cores.D.decoder.cells.0.weight_hh"} <= moved
 
 
+@pytest.mark.parametrize(("groups", "same"), [("ABCD", True), ("AAAA", False)])
+def test_with_adam_the_policys_weight_acts_on_predictions_where_they_share_weights(tmp_path, groups, same):
+    """What `sweeps/reasoner-policy-weight` rests on; without clipping, which would pass the weight on by the norm."""
+    found = []
+    for weight in (1.0, 1e4):
+        adam = {"optim": "adamw_torch", "learning_rate": 0.01}
+        trainer = trained(tmp_path, weight_groups=groups, policy_weight=weight, **adam)
+        start = trainer.model.cores["A"].decoder.cells[0].weight_hh.detach().clone()
+        trainer.train()
+        found.append(trainer.model.cores["A"].decoder.cells[0].weight_hh.detach() - start)
+    apart = ((found[1] - found[0]).norm() / found[0].norm()).item()
+    assert apart < 0.02 if same else apart > 0.5
+
+
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4}
 
 
