@@ -81,11 +81,13 @@ class LatentExtras:
     Args:
         log_proxy: log D(y | x) at every position.
         log_prior, uniforms, estimated, trusted: see `ScoredThoughts`.
+        log_proposal: see there; None where the policy drew the thoughts.
         elite_log_probs: log π of what a search found, with its graph.
     """
 
     log_proxy: Float[Tensor, "N T V"] | None = None
     log_prior: Float[Tensor, "N T S"] | None = None
+    log_proposal: Float[Tensor, "N T S"] | None = None
     uniforms: Float[Tensor, "N T S"] | None = None
     estimated: Float[Tensor, "N T S"] | None = None
     trusted: Bool[Tensor, "N T S"] | None = None
@@ -186,8 +188,10 @@ def scored_by(
     def of_anchors(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[at]
 
+    own = scored_latents(output)
+    proposal = of_anchors(extras.log_proposal)
     scored = replace(
-        scored_latents(output), rewards=rewards, log_prior=of_anchors(extras.log_prior),
+        own, log_proposal=own.log_proposal if proposal is None else proposal, rewards=rewards, log_prior=of_anchors(extras.log_prior),
         uniforms=of_anchors(extras.uniforms), estimated=of_anchors(extras.estimated),
         trusted=of_anchors(extras.trusted),
     )  # fmt: skip

@@ -68,12 +68,11 @@ def trained(model, loss_of, steps=250, learning_rate=0.03):
 
 
 def scored_by_table(model, step, num_thoughts, table=REWARDS, prior=False):
-    """Thoughts that the reasoner draws, or (for a prior's rules) every latent once, with rewards of the table."""
+    """Thoughts that the reasoner draws, or (for a prior's rules) a uniform prior, with rewards of the table."""
     texts = model.read(IDS)
-    if prior:
-        thoughts = model.think(texts, values=EVERY)
-    else:
-        thoughts = model.think(texts, model.uniforms(texts.positions, num_thoughts, step, list(range(X))))
+    uniforms = model.uniforms(texts.positions, num_thoughts, step, list(range(X)))
+    drawn = {"values": (K * uniforms[..., 0]).long()} if prior else {"uniforms": uniforms}
+    thoughts = model.think(texts, **drawn)
     codes, log_probs = thoughts.values[:, 0, :, 0], thoughts.log_probs[:, 0, :, 0]
     log_prior = torch.full_like(log_probs, -torch.tensor(float(K)).log().item()) if prior else None
     log_z = model.log_z(texts.hidden["A"])[:, 0]
@@ -87,6 +86,8 @@ WITH_BETA = {
     "listwise": ("listwise", {"beta": BETA}, False),
     "partition, learned log Z": ("partition_learned", {"beta": BETA}, False),
     "partition, estimated log Z": ("partition", {"beta": BETA}, False),
+    "partition, log Z by thoughts of a reference": ("partition", {"beta": BETA, "log_z": "importance"}, True),
+    "partition, log Z by its own thoughts": ("partition", {"beta": BETA, "log_z": "importance"}, False),
     "nca": ("nca", {"beta": BETA}, True),
 }
 WITH_ENTROPY = {"reinforce": ("reinforce", {}), "reinforce, batch baseline": ("reinforce", {"baseline": "batch"}),
@@ -103,6 +104,23 @@ def trained_with_beta(name, core, beta=BETA):
     rule_name, settings, prior = WITH_BETA[name]
     rule, model = make_thought_rule(rule_name, settings | {"beta": beta}), reasoner(core)
     return trained(model, lambda step: rule.thought_losses(scored_by_table(model, step, 64, prior=prior)).mean())
+
+
+def test_nca_does_not_reach_it_on_thoughts_of_the_policy_or_on_few():
+    """Why the trainer draws from the reference, and what its configuration says of how many."""
+
+    def found(num_thoughts, own):
+        rule, model = make_thought_rule("nca", {"beta": BETA}), reasoner()
+
+        def loss(step):
+            scored = scored_by_table(model, step, num_thoughts, prior=not own)
+            uniform = torch.full_like(scored.log_probs, 1.0 / K).log()
+            return rule.thought_losses(replace(scored, log_prior=uniform)).mean()
+
+        return apart(trained(model, loss), softmax_target(BETA))
+
+    assert found(64, own=True) > 3.0 * CLOSE
+    assert found(4, own=False) > 3.0 * CLOSE
 
 
 @pytest.mark.parametrize("name", WITH_BETA)

@@ -10,6 +10,7 @@ from helpers import V, llama
 from trainers.tiny import logs_of, numbers_of, parameters_of, word_tokenizer
 from transformers import AutoModelForCausalLM
 
+from softrl.estimators.latent_objective import latent_loss
 from softrl.tokens.noise import sequence_seed
 from softrl.trainers import ReasonerTrainer, ReasonerTrainingConfig
 from softrl.trainers.reasoner_config import OBJECTIVES
@@ -105,6 +106,44 @@ def test_every_objective_takes_steps_and_moves_the_reasoner(tmp_path, objective)
     assert "cores.A.decoder.embed_tokens.weight" in moved
     if objective == "surrogate":
         assert all(0.0 < share <= 1.0 for share in logs_of(trainer, "surrogate/trusted"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"objective": "nca"}, {"objective": "partition", "objective_settings": {"log_z": "importance"}}]
+)
+def test_objectives_with_a_reference_learn_from_its_thoughts(tmp_path, settings):
+    """Of the model as it began, whatever the policy has become: their values, and both log-probabilities by hand."""
+    trainer = trained(tmp_path, num_thoughts=4, beta_2=0.7, **settings)
+    start = reasoner()
+    with torch.no_grad():
+        trainer.model.latent_head.weight.add_(1.0)
+        trainer.model.start.neg_()
+    rows = [trainer.train_dataset[index] for index in (3, 1)]
+    batch = trainer.batch(rows)
+    key = {"seed": sequence_seed(trainer.args.seed, 5), "row_ids": [3, 1], "num_thoughts": 4}
+    output = trainer.passed(trainer.model, batch, 5)
+    theirs = start(batch.ids, batch.mask, **key)
+    assert torch.equal(output.thought_values, theirs.thought_values)
+    assert not torch.allclose(output.thought_log_probs, theirs.thought_log_probs, atol=0.1)
+    extras = trainer.extras(output, batch)
+    torch.testing.assert_close(extras.log_prior, theirs.thought_log_probs)
+    torch.testing.assert_close(extras.log_proposal, theirs.thought_log_probs)
+    found = latent_loss(output, trainer.objective, extras)
+    rewards, own, of_start = (
+        each[output.is_target].detach() for each in (output.rewards, output.thought_log_probs, theirs.thought_log_probs)
+    )
+    ratio, scaled = own - of_start, rewards / 0.7
+    if settings["objective"] == "nca":
+        terms = scaled.softmax(-1) * ratio.sigmoid().log() + (-ratio).sigmoid().log() / 4
+        expected = -terms.sum(-1)
+    else:
+        log_z = scaled.exp().mean(-1).log()
+        expected = (ratio + log_z[:, None] - scaled).square().mean(-1)
+    assert found.policy.item() == pytest.approx(expected.mean().item(), rel=1e-9)
+    assert found.talk.item() == pytest.approx((ratio.softmax(-1) * rewards).sum(-1).mean().item(), rel=1e-9)
+    own_thoughts = trainer.model(batch.ids, batch.mask, **{**key, "seed": sequence_seed(trainer.args.seed, -1)})
+    evaluated = trainer.passed(trainer.model, batch, -1)
+    assert torch.equal(evaluated.thought_values, own_thoughts.thought_values), "an evaluation is of the policy's own"
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "cem", "reparameterised"])
@@ -254,6 +293,10 @@ def test_a_saved_model_loads_by_auto_classes_and_goes_on(tmp_path):
         ({"gradient_checkpointing": True}, "transformers then drops the keys that thoughts share"),
         ({"beta_2": -1.0}, "beta_2 must be 0 or more, got -1.0"),
         ({"objective": "rloo", "objective_settings": {"top": 2}}, "rloo takes the settings"),
+        (
+            {"objective": "listwise", "beta_2": 0.3, "objective_settings": {"beta": 0.5}},
+            "both say the temperature of objective='listwise'; leave one of them out",
+        ),
     ],
 )
 def test_configurations_that_mean_nothing_are_refused(tmp_path, settings, message):
