@@ -129,7 +129,7 @@ class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
         self.proxy = None if args.proxy_model is None else load_proxy(args.proxy_model, reasoner, tokenizer)
         self.thinks = reasoner.config.use_reasoner and reasoner.config.n_thought > 0
         if args.objective == SURROGATE and self.thinks:
-            settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed)
+            settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed, reasoner.config.n_thought)
             self.surrogate = SurrogateFit(reasoner.config.reasoner_size, *settings)
         return reasoner
 
