@@ -274,6 +274,42 @@ def test_what_is_not_a_label_does_not_count():
 # Fast and slow path, controls.
 
 
+def one_prefix_at_a_time(model, ids):
+    """log p_mixed without a reasoner: every module reads every prefix anew, by the loops above."""
+    core = LoopedGRU if model.config.core == "gru" else LoopedLlama
+    base, interpret = core(model, "base_lm"), core(model, "interpreter")
+    head, rows = model.interpreter_head or model.head, []
+    for row, where in itertools.product(range(len(ids)), range(ids.shape[1])):
+        prefix = ids[row, : where + 1]
+        of_base, hidden = base.read(prefix)[0], interpret.read(prefix)[0]
+        weight = model.mixing(of_base, hidden).sigmoid()
+        mixed = (1 - weight) * model.head(of_base).softmax(-1) + weight * head(model.to_head(hidden)).softmax(-1)
+        rows.append(mixed.log())
+    return torch.stack(rows).unflatten(0, ids.shape)
+
+
+@pytest.mark.parametrize("groups", WEIGHT_GROUPS)
+@pytest.mark.parametrize("core", ["gru", "transformer"])
+def test_without_a_reasoner_one_pass_is_the_slow_computation_in_every_pattern(core, groups):
+    """Predictions, loss and all gradients; also of the model with a reasoner whose thoughts have no length."""
+    fast = reasoner(use_reasoner=False, core=core, weight_groups=groups, share_lm_head=groups == "AAAA")
+    ids = texts()
+    slow = one_prefix_at_a_time(fast, ids)
+    loss = -slow[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    theirs = torch.autograd.grad(loss, list(fast.parameters()))
+    full = reasoner(n_thought=0, core=core, weight_groups=groups, share_lm_head=groups == "AAAA")
+    full.load_state_dict({**full.state_dict(), **fast.state_dict()})
+    for model in (fast, full):
+        out = model(ids, labels=ids, num_thoughts=1)
+        close(out.logits, slow)
+        close(out.loss, loss)
+        named = dict(model.named_parameters())
+        mine = torch.autograd.grad(out.loss, [named[name] for name, _ in fast.named_parameters()])
+        for (name, _), ours, expected in zip(fast.named_parameters(), mine, theirs, strict=True):
+            assert expected.any() or not name.startswith("cores"), name
+            close(ours, expected)
+
+
 @pytest.mark.parametrize("use_base_lm", [True, False])
 @pytest.mark.parametrize("core", ["gru", "transformer"])
 def test_the_fast_path_is_the_slow_one_without_latents(core, use_base_lm):
