@@ -10,6 +10,7 @@ from softrl.estimators.thought_rules import THOUGHT_RULES, make_thought_rule
 from softrl.estimators.thought_sets import Ranking, SetRule
 from softrl.models.latents import LatentKind
 from softrl.models.reasoner_config import Core, HeadActivation, ReasonerConfig
+from softrl.objectives.proxy import ProxyDivergence
 from softrl.trainers._bridge import BaseConfig
 from softrl.trainers.engines import load_whole_models
 from softrl.trainers.precision import bf16_by_default
@@ -78,7 +79,9 @@ class ReasonerTrainingConfig(BaseConfig):
             How the reasoner learns: a rule of [`~softrl.estimators.thought_rules`], `"reparameterised"` (through
             Gaussian or soft latents), `"surrogate"`: by `surrogate_rule` from an ensemble that is fitted to the
             rewards by least squares, where its members agree, or `"cem"`: from the best latents that the
-            cross-entropy method finds after each token (a baseline, many times slower).
+            cross-entropy method finds after each token (a baseline, many times slower). The ensemble is fitted to
+            every batch of training text once, after it was asked about it: within the first epoch its estimates are
+            of texts that neither it nor the policy has seen; no text is kept from the policy for it.
         objective_settings (`dict[str, Any]`, *optional*):
             Settings of the rule, for instance `{"positive_only": true}`, or of the search, see
             [`~softrl.estimators.cross_entropy_method.SearchSettings`].
@@ -90,13 +93,16 @@ class ReasonerTrainingConfig(BaseConfig):
         base_weight, interpreter_weight (`float`, *optional*, default to `1.0`):
             Of the base LM's and the interpreter's own losses, beside that of their mixture.
         reward_from (`str`, *optional*, defaults to `"data"`):
-            `"data"`: the log-likelihood of the true next token. `"proxy"`: the expectation of log D under what is
-            predicted, D being `proxy_model`, a frozen language model with the same tokenizer.
+            `"data"`: the log-likelihood of the true next token. `"proxy"`: see `proxy_divergence`, D being
+            `proxy_model`, a frozen language model with the same tokenizer.
         proxy_model (`str`, *optional*):
             Its folder or name.
+        proxy_divergence (`str`, *optional*, defaults to `"reverse"`):
+            `"reverse"`: the expectation of log D under what is predicted, π. `"forward"`: that of log π − log D under
+            D, as a text that D writes would teach it. Both are exact sums over the vocabulary.
         beta (`float`, *optional*):
-            Weight of the prediction's entropy in the reward. By default 1 with a proxy (reverse Kullback-Leibler
-            divergence; 0 seeks the mode) and 0 with data.
+            Weight of the prediction's entropy in the reward. By default 1 with a proxy in reverse (which makes it the
+            reverse Kullback-Leibler divergence; 0 seeks the mode), and 0 forward (the forward one) and with data.
         beta_2 (`float`, *optional*):
             Weight of the thoughts' entropy; of objectives whose target is exp(r/β₂) (`listwise`, `partition`,
             `partition_learned`), or π₀ exp(r/β₂) with the model π₀ that training began with (`nca`, and `partition`
@@ -174,6 +180,13 @@ class ReasonerTrainingConfig(BaseConfig):
         default="data", metadata={"help": "What thoughts are scored by.", "choices": list(get_args(RewardFrom))}
     )
     proxy_model: str | None = field(default=None, metadata={"help": "The frozen model of reward_from='proxy'."})
+    proxy_divergence: str = field(
+        default="reverse",
+        metadata={
+            "help": "Expectation under the prediction or the proxy.",
+            "choices": list(get_args(ProxyDivergence)),
+        },
+    )
     beta: float | None = field(default=None, metadata={"help": "Weight of the prediction's entropy."})
     beta_2: float | None = field(default=None, metadata={"help": "Weight of the thoughts' entropy."})
     surrogate_rule: str = field(
@@ -210,6 +223,7 @@ class ReasonerTrainingConfig(BaseConfig):
             if value is not None and value < 2:
                 raise ValueError(f"{name} must leave a token to predict, so be at least 2, got {value}")
         choices = {"objective": OBJECTIVES, "surrogate_rule": THOUGHT_RULES, "reward_from": get_args(RewardFrom)}
+        choices["proxy_divergence"] = get_args(ProxyDivergence)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -222,6 +236,11 @@ class ReasonerTrainingConfig(BaseConfig):
             raise ValueError(
                 f"reward_from={self.reward_from!r} and proxy_model={self.proxy_model!r}: a proxy is a language model "
                 "with the same tokenizer; pass both reward_from='proxy' and its folder, or neither"
+            )
+        if self.proxy_divergence != "reverse" and self.reward_from != "proxy":
+            raise ValueError(
+                f"proxy_divergence={self.proxy_divergence!r} says how a proxy scores, and there is none; pass "
+                "reward_from='proxy' and proxy_model, or leave it out"
             )
 
     def model_config(self, vocab_size: int, **others: Any) -> ReasonerConfig:
@@ -266,10 +285,10 @@ class ReasonerTrainingConfig(BaseConfig):
             )
         beta = self.beta
         if beta is None:
-            beta = 1.0 if self.reward_from == "proxy" else 0.0
-        weights = {
+            beta = 1.0 if self.reward_from == "proxy" and self.proxy_divergence == "reverse" else 0.0
+        weights: dict[str, Any] = {
             "base_weight": self.base_weight, "interpreter_weight": self.interpreter_weight,
-            "policy_weight": self.policy_weight,
+            "policy_weight": self.policy_weight, "proxy_divergence": self.proxy_divergence,
         }  # fmt: skip
         if name is None:
             search = self._search(settings) if self.objective == SEARCH else None

@@ -189,7 +189,7 @@ class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
         return found.loss, {name: value.detach() for name, value in numbers.items()}, learned_from
 
     def passed(self, model: ReasonerForCausalLM, batch: TextBatch, step: int) -> ReasonerOutput:
-        """A pass of the model with thoughts keyed by seed, step and text; of a reference in training, if it says so."""
+        """A pass of the model with thoughts keyed by seed, step and text; in training perhaps a reference's."""
         config, values = model.config, None
         evaluates = step == _EVALUATION_STEP
         count = self.args.num_eval_thoughts if evaluates else self.args.num_thoughts

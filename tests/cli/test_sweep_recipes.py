@@ -91,7 +91,7 @@ def test_sharing_has_all_fifteen_partitions_of_four_modules_and_three_seeds():
 
 
 def test_where_the_policys_weight_varies_it_can_act_and_by_one_way():
-    """Adam takes a gradient's scale away: a weight acts where losses share weights, or by clipping, told apart here."""
+    """Adam takes a gradient's scale away: a weight acts where losses share weights, or by clipping, apart here."""
     groups = {}
     for values in question_of("reasoner-policy-weight").search().grid():
         given = question_of("reasoner-policy-weight").search().given(values)

@@ -16,7 +16,7 @@ from softrl.estimators.latent_thoughts import scored_latents, with_thought_entro
 from softrl.estimators.thought_rules import THOUGHT_RULES, ScoredThoughts, make_thought_rule
 from softrl.models.reasoner import ReasonerForCausalLM
 from softrl.models.reasoner_config import ReasonerConfig
-from softrl.objectives.proxy import proxy_value
+from softrl.objectives.proxy import forward_proxy_value, proxy_value
 from softrl.rewards.surrogate import RewardSurrogate
 
 X, K, BETA, CLOSE = 3, 6, 0.6, 0.02
@@ -340,6 +340,21 @@ def test_a_proxy_value_is_a_sum_over_the_vocabulary():
         torch.testing.assert_close(ours, expected)
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         proxy_value(log_probs, proxy, -1.0)
+
+
+def test_the_forward_proxy_value_is_minus_the_forward_kl_by_enumeration():
+    logits, proxy = distributions(0).requires_grad_(), distributions(1).log_softmax(-1)
+    log_probs = logits.log_softmax(-1)
+    ours = forward_proxy_value(log_probs, proxy)
+    for row in range(3):
+        expected = sum(proxy[row, y].exp() * (log_probs[row, y] - proxy[row, y]) for y in range(V))
+        torch.testing.assert_close(ours[row], expected)
+    (grad,) = torch.autograd.grad(ours.sum(), logits)
+    torch.testing.assert_close(grad, proxy.exp() - logits.softmax(-1).detach())  # maximum likelihood on samples of D
+    spread = -(log_probs.exp() * log_probs).sum(-1)
+    torch.testing.assert_close(forward_proxy_value(log_probs, proxy, 0.7), ours + 0.7 * spread)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        forward_proxy_value(log_probs, proxy, -1.0)
 
 
 # From a forward pass to a record of thoughts.

@@ -131,7 +131,8 @@ def test_objectives_with_a_reference_learn_from_its_thoughts(tmp_path, settings)
     torch.testing.assert_close(extras.log_proposal, theirs.thought_log_probs)
     found = latent_loss(output, trainer.objective, extras)
     rewards, own, of_start = (
-        each[output.is_target].detach() for each in (output.rewards, output.thought_log_probs, theirs.thought_log_probs)
+        each[output.is_target].detach()
+        for each in (output.rewards, output.thought_log_probs, theirs.thought_log_probs)
     )
     ratio, scaled = own - of_start, rewards / 0.7
     if settings["objective"] == "nca":
@@ -259,21 +260,25 @@ def test_models_without_a_part_train_and_say_nothing_of_it(tmp_path, settings, a
     assert found["eval_nll"] < trained(tmp_path, **settings).evaluate()["eval_nll"]
 
 
-@pytest.mark.parametrize("beta", [None, 0.0])
-def test_a_proxy_takes_the_place_of_the_data(tmp_path, beta):
-    """The reward is −KL(π‖D) by default, and E log D with β = 0."""
+@pytest.mark.parametrize(("beta", "divergence"), [(None, "reverse"), (0.0, "reverse"), (None, "forward")])
+def test_a_proxy_takes_the_place_of_the_data(tmp_path, beta, divergence):
+    """The reward is −KL(π‖D) by default, E log D with β = 0, and −KL(D‖π) forward."""
     llama().float().save_pretrained(tmp_path / "proxy")
     word_tokenizer().save_pretrained(tmp_path / "proxy")
     trainer = trained(
         tmp_path / "run", tokenizer=word_tokenizer(), reward_from="proxy", proxy_model=str(tmp_path / "proxy"),
-        beta=beta, max_steps=1,
+        beta=beta, proxy_divergence=divergence, max_steps=1,
     )  # fmt: skip
     rows = [trainer.train_dataset[index] for index in range(8)]
     ids = torch.tensor([row["input_ids"] for row in rows])
     output = reasoner()(ids, num_thoughts=3, seed=sequence_seed(trainer.args.seed, 0), row_ids=list(range(8)))
     proxy = AutoModelForCausalLM.from_pretrained(tmp_path / "proxy")(ids).logits.log_softmax(-1).double()
     talk = output.talk_log_probs[:, :-1]
-    value = (talk.exp() * (proxy[:, :-1, None] - (talk if beta is None else 0.0))).sum(-1).mean().item()
+    of_proxy = proxy[:, :-1, None]
+    if divergence == "forward":
+        value = (of_proxy.exp() * (talk - of_proxy)).sum(-1).mean().item()
+    else:
+        value = (talk.exp() * (of_proxy - (talk if beta is None else 0.0))).sum(-1).mean().item()
     trainer.compute_loss(trainer.model, rows)
     assert trainer._metrics.drained(1, "update")["reward"] == pytest.approx(value, rel=1e-5)
 
@@ -306,6 +311,7 @@ def test_a_saved_model_loads_by_auto_classes_and_goes_on(tmp_path):
         ({"objective": "reparameterised", "policy_weight": 3.0}, "policy_weight must be 0 or 1"),
         ({"objective": "cem", "objective_settings": {"rounds": 2}}, r"'cem' takes the settings \['num_elites'"),
         ({"objective": "cem", "beta_2": 0.1}, "a search finds the thoughts to learn from"),
+        ({"proxy_divergence": "forward"}, "says how a proxy scores, and there is none"),
         ({"objective": "cem", "reward_from": "proxy", "proxy_model": "x"}, "use reward_from='data'"),
         ({"weight_groups": "ABC"}, "weight_groups must have one letter for each of base_lm"),
         ({"weight_groups": "AAAA", "reasoner_size": 16}, "make the sizes equal, or give these modules different"),
