@@ -173,6 +173,17 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: heads may have two layers, and are not to be tied."""
 
+    def resize_token_embeddings(self, *given: Any, **settings: Any) -> nn.Module:
+        """What transformers calls for tokens that were added to a tokenizer.
+
+        Raises:
+            ValueError: always: every core has embeddings of its own, and heads have no rows that transformers knows.
+        """
+        raise ValueError(
+            f"a reasoner's vocabulary of {self.config.vocab_size} tokens is that of all its cores and heads and "
+            "cannot be resized; make a new model, ReasonerForCausalLM(ReasonerConfig(vocab_size=...))"
+        )
+
     def _policy(self, module: str) -> Policy:
         return Policy(self.cores[self.config.group_of(module)])
 
@@ -348,10 +359,24 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         return found if self.log_z is None else found | {"log_z": self.log_z(context)}
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **ignored: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        seed: int | None = 0,
+        num_thoughts: int | None = None,
+        **ignored: Any,
     ) -> dict[str, Any]:
-        """The whole text again for every token: nothing is cached between calls."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        """The whole text again for every token: nothing is cached between calls.
+
+        Args:
+            seed: of the thoughts, `generate(..., seed=...)`, the same at every step: what was thought of a token does
+                not change as the text goes on, and the likeliest text is always the same.
+            num_thoughts: S; None for the configuration's.
+            ignored: what `generate` passes.
+        """
+        return {
+            "input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "num_thoughts": num_thoughts,
+        }  # fmt: skip
 
 
 def _scored(

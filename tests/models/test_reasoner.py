@@ -398,6 +398,25 @@ def test_it_generates():
     assert torch.equal(written[:, :3], ids)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_writes_is_said_by_a_seed(kind):
+    """Step by step the likeliest token of the same thoughts; 0 is the default, whatever torch's own state is."""
+    model, ids = reasoner(**KINDS[kind]), texts(2, 3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("mixing"):
+                parameter.mul_(2.0)  # so that other thoughts lead to other tokens
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for given, seed, count in (({}, 0, None), ({"seed": 4}, 4, None), ({"seed": 4, "num_thoughts": 5}, 4, 5)):
+        expected = ids
+        for _ in range(8):
+            logits = model(expected, seed=seed, num_thoughts=count).logits[:, -1]
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
+        assert torch.equal(model.generate(ids, **settings, **given), expected)
+    written = {tuple(model.generate(ids, **settings, seed=seed).flatten().tolist()) for seed in range(6)}
+    assert len(written) > 1
+
+
 # What is refused.
 
 
@@ -407,6 +426,8 @@ def test_bad_requests_are_named():
         model(ids, num_thoughts=0)
     with pytest.raises(ValueError, match="row_ids: expected one for each of 2 texts, got 1"):
         model(ids, row_ids=[1])
+    with pytest.raises(ValueError, match=r"vocabulary of 11 tokens is that of all its cores .* make a new model"):
+        model.resize_token_embeddings(12)
     with pytest.raises(ValueError, match="no reparameterised sample"):
         model(ids, reparameterised=True)
     with pytest.raises(ValueError, match="random numbers to draw latents with, or latents to score"):
