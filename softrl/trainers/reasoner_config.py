@@ -68,6 +68,8 @@ class ReasonerTrainingConfig(BaseConfig):
             Of soft latents.
         latent_noise (`bool`, *optional*, defaults to `False`):
             Gumbel noise of soft latents.
+        min_log_sigma, max_log_sigma (`float`, *optional*, default to `-5.0` and `2.0`):
+            Bounds of a Gaussian latent's log σ, in which it is kept before the exponential; within ±40.
         n_thought (`int`, *optional*, defaults to `2`):
             Latents of a thought; 0 is a control.
         mixing_width (`int`, *optional*, defaults to `32`):
@@ -165,6 +167,8 @@ class ReasonerTrainingConfig(BaseConfig):
     latent_size: int = field(default=8, metadata={"help": "Size of a Gaussian latent."})
     latent_temperature: float = field(default=1.0, metadata={"help": "Temperature of soft latents."})
     latent_noise: bool = field(default=False, metadata={"help": "Gumbel noise of soft latents."})
+    min_log_sigma: float = field(default=-5.0, metadata={"help": "Lower bound of a Gaussian latent's log sigma."})
+    max_log_sigma: float = field(default=2.0, metadata={"help": "Upper bound of a Gaussian latent's log sigma."})
     n_thought: int = field(default=2, metadata={"help": "Latents of a thought."})
     mixing_width: int = field(default=32, metadata={"help": "Hidden units of the mixing head."})
 
