@@ -188,8 +188,13 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         return Policy(self.cores[self.config.group_of(module)])
 
     def read(self, input_ids: Int[Tensor, "N T"], attention_mask: Tensor | None = None) -> ReadTexts:
-        """Let every core that reads texts read them, once for all modules of its group."""
+        """Let every core that reads texts read them, once for all modules of its group.
+
+        Raises:
+            ValueError: texts and thoughts are longer than the window of a transformer.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._check_length(mask)
         hidden, states = {}, {}
         for module in self.config.modules:
             letter = self.config.group_of(module)
@@ -198,6 +203,17 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
                 states[letter] = read_texts(policy, "shared", len(input_ids), input_ids.device)
                 hidden[letter] = states[letter].extend(policy.embed(input_ids), mask.bool())
         return ReadTexts(hidden, states, positions(mask.bool()))
+
+    def _check_length(self, mask: Tensor) -> None:
+        config = self.config
+        longest = int(mask.sum(-1).max()) if mask.numel() else 0
+        thought = config.n_thought if config.use_reasoner else 0
+        if config.core == "transformer" and longest + thought > config.max_position_embeddings:
+            raise ValueError(
+                f"a text of {longest} tokens with a thought of {thought} is longer than max_position_embeddings="
+                f"{config.max_position_embeddings} of this transformer; shorten the texts (max_length), or make a "
+                "model for longer ones (block_length_tokens)"
+            )
 
     def uniforms(
         self, where: Int[Tensor, "N T"], num_thoughts: int, seed: int, row_ids: list[int]

@@ -90,8 +90,10 @@ class ReasonerTrainingConfig(BaseConfig):
         num_thoughts (`int`, *optional*, defaults to `4`):
             Thoughts after each token (S).
         policy_weight (`float`, *optional*, defaults to `1.0`):
-            Of the rule's loss; 0 is a control: the reasoner's weights stay as they began. With `"reparameterised"` 0
-            or 1.
+            Of the rule's loss; 0 is a control: nothing teaches the reasoner. What it shares with nothing that reads or
+            predicts then stays as it began; the codebook, which the interpreter reads, and shared cores learn on.
+            Adam takes a gradient's scale away, so that other weights do little but where weights are shared, or
+            gradients clipped. With `"reparameterised"` 0 or 1.
         base_weight, interpreter_weight (`float`, *optional*, default to `1.0`):
             Of the base LM's and the interpreter's own losses, beside that of their mixture.
         reward_from (`str`, *optional*, defaults to `"data"`):

@@ -12,6 +12,7 @@ from trainers.tiny import logs_of, numbers_of, parameters_of, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from softrl.estimators.latent_objective import latent_loss
+from softrl.models.reasoner import ReasonerForCausalLM
 from softrl.tokens.noise import sequence_seed
 from softrl.trainers import ReasonerTrainer, ReasonerTrainingConfig
 from softrl.trainers.reasoner_config import OBJECTIVES
@@ -232,6 +233,19 @@ def test_an_evaluation_is_of_tokens_and_averages_thoughts_in_probability(tmp_pat
     assert found["eval_num_core_parameters"] == sum(
         value.numel() for name, value in parameters.items() if "embed_tokens" not in name
     )
+
+
+def test_texts_of_which_nothing_counts_cannot_be_measured(tmp_path):
+    nothing = texts(3).add_column("completion_mask", [[1, 0, 0, 0, 0, 0]] * 3)
+    with pytest.raises(ValueError, match=r"none of the 3 texts of eval_dataset has a token that counts"):
+        trained(tmp_path, evaluation=nothing).evaluate()
+
+
+def test_settings_of_a_latent_reach_the_model(tmp_path):
+    args = ReasonerTrainingConfig(
+        str(tmp_path), report_to=[], use_cpu=True, latent_kind="gaussian", min_log_sigma=-1.5, max_log_sigma=0.5
+    )
+    assert ReasonerForCausalLM(args.model_config(V)).latent.bounds == (-1.5, 0.5)
 
 
 def test_shared_weights_are_counted_once_and_at_the_start_of_the_log(tmp_path):
