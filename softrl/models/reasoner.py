@@ -173,7 +173,9 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: heads may have two layers, and are not to be tied."""
 
-    def resize_token_embeddings(self, *given: Any, **settings: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """What transformers calls for tokens that were added to a tokenizer.
 
         Raises:
