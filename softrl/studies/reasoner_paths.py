@@ -67,9 +67,8 @@ def main() -> None:
     """Print a row for every length."""
     parser = argparse.ArgumentParser(prog="python -m softrl.studies.reasoner_paths", description=__doc__)
     parser.add_argument("--lengths", nargs="+", type=int, default=[16, 32, 64, 128], help="T (16 32 64 128)")
-    print(
-        f"{'T':>5} {'largest difference':>19} {'of gradients':>13} {'one pass, s':>12} {'by prefix, s':>13} {'ratio':>6}"
-    )
+    titles = ("largest difference", "of gradients", "one pass, s", "by prefix, s", "ratio")
+    print("{:>5} {:>19} {:>13} {:>12} {:>13} {:>6}".format("T", *titles))
     for num_tokens in parser.parse_args().lengths:
         found = measure(num_tokens)
         print(
