@@ -142,7 +142,8 @@ def load_trained(trainer: Any, folder: Path) -> None:
     """Put trained weights into a trainer's model, in place, so that the reference stays what it was.
 
     Raises:
-        ValueError: the folder has an adapter and the recipe asks for none, or the other way round.
+        ValueError: the folder has an adapter and the recipe asks for none, or the other way round; or its model has
+            other parameters.
     """
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM
@@ -160,5 +161,17 @@ def load_trained(trainer: Any, folder: Path) -> None:
         if outcome.unexpected_keys:
             raise ValueError(f"{folder} has an adapter of another shape: {outcome.unexpected_keys[:3]} have no place")
     else:
-        trained = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(trained.state_dict())
+        trained = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+        _check_parameters(trained, model.state_dict(), folder)
+        model.load_state_dict(trained)
+
+
+def _check_parameters(trained: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    shapes = [{name: list(value.shape) for name, value in each.items()} for each in (trained, ours)]
+    names = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
+    if names:
+        theirs, wanted = (each.get(names[0], "none") for each in shapes)
+        raise ValueError(
+            f"{folder} holds another model than the recipe makes: {len(names)} of its parameters differ, such as "
+            f"{names[0]} of shape {theirs}, here {wanted}; evaluate it with the recipe and settings that trained it"
+        )

@@ -111,13 +111,17 @@ def _generate(given: argparse.Namespace) -> int:
         raise ValueError(f"--max_new_tokens must be at least 1, got {given.max_new_tokens}")
     prompts = read_prompts(given)
     writing = collapsing(given)
-    model, tokenizer = load(given.model, given.dtype)
+    model, tokenizer = load(given.model, given.dtype, may_reason=True)
+    from softrl.cli.generate_reasoner import is_reasoner, write_hard
+
+    if is_reasoner(model):
+        return write_hard(given, model, tokenizer, prompts)
     from softrl.models.policy import Policy, check_policy
 
     policy = Policy(model)
     check_policy(policy)
     decoding, rule = basis_aware_of(given, policy, decoding_of(given, policy.vocab_size, tokenizer))
-    with _opened(given.output_file) as file:
+    with opened(given.output_file) as file:
         for first in range(0, len(prompts), given.batch_size):
             batch = prompts[first : first + given.batch_size]
             record = _run(given, policy, tokenizer, decoding, writing, batch, first, len(prompts))
@@ -281,18 +285,18 @@ def _from_file(path: Path) -> Iterator[Any]:
         yield row["prompt"]
 
 
-def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+def load(name: str, dtype: str = "float32", may_reason: bool = False) -> tuple[Any, Any]:
     """A causal LM and its tokenizer by name, folder or adapter's folder, on a GPU where there is one.
 
     Raises:
-        ValueError: the model thinks between tokens or in latents, or there is no tokenizer.
+        ValueError: the model thinks between tokens or, where it may not, in latents, or there is no tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import softrl.contexts.soft_ar  # noqa: F401, whose models the Auto classes then know
     from softrl.assets import resolve_model
-    from softrl.models.reasoner import ReasonerForCausalLM
+    from softrl.cli.generate_reasoner import is_reasoner
     from softrl.models.think_tokens import make_room
     from softrl.models.thinking import is_thinking_folder
     from softrl.trainers.loading import supported_dtype
@@ -313,14 +317,12 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     else:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **settings)
         tokenizer = AutoTokenizer.from_pretrained(name if has_own else resolve_model(base), padding_side="left")
-    if isinstance(model, ReasonerForCausalLM):
-        raise ValueError(
-            f"{name} thinks in latents, and writes by model.generate; its model card has the lines for it"
-        )
+    if is_reasoner(model) and not may_reason:
+        raise ValueError(f"{name} thinks in latents and makes no soft tokens; softrl generate writes with it")
     return model.eval().to(device), tokenizer
 
 
-def _opened(name: str | None) -> Any:
+def opened(name: str | None) -> Any:
     """A file to write, or none."""
     if name is None:
         return nullcontext()

@@ -5,7 +5,8 @@ A thought h after a text x has the reward
     R(h, x) = value + β H[π(y | h, x)],
 
 where π(y | h, x) is what the model predicts after it, and `value` is log π(y*|h, x) of the true next token, or, with
-a frozen language model D in the place of the data, `Σ_y π(y | h, x) log D(y | x)` (`objectives.proxy`).
+a frozen language model D in the place of the data, `Σ_y π(y | h, x) log D(y | x)`, or the forward form
+`Σ_y D(y | x) [log π(y | h, x) − log D(y | x)]` (`objectives.proxy`).
 
 Predictions learn from the gradient of R itself; the reasoner by a rule on log π(h | x) (`thought_base`), from what a
 search found, or, where latents are reparameterised, through R. Axes: N texts, T tokens, M anchors (tokens that a
@@ -22,7 +23,7 @@ from softrl.estimators.cross_entropy_method import SearchSettings
 from softrl.estimators.latent_thoughts import scored_latents, with_thought_entropy
 from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
 from softrl.models.reasoner import ReasonerOutput
-from softrl.objectives.proxy import proxy_value
+from softrl.objectives.proxy import ProxyDivergence, forward_proxy_value, proxy_value
 from softrl.tokens.divergences import entropy
 
 
@@ -41,6 +42,7 @@ class LatentObjective:
         beta_2: β₂, weight of H[π(h | x)]: by the reward `R − β₂ log π(h | x)` of a rule, or directly where thoughts
             are reparameterised.
         base_weight, interpreter_weight, policy_weight: b, i, p; the former two only where there is a mixture.
+        proxy_divergence: of R with a proxy: "reverse", −KL(π‖D) with β = 1, or "forward", −KL(D‖π) with β = 0.
     Raises:
         ValueError: a negative weight, a rule and a search, or a search with β₂.
     """
@@ -52,6 +54,7 @@ class LatentObjective:
     base_weight: float = 1.0
     interpreter_weight: float = 1.0
     policy_weight: float = 1.0
+    proxy_divergence: ProxyDivergence = "reverse"
 
     def __post_init__(self) -> None:
         for name in ("beta", "beta_2", "base_weight", "interpreter_weight", "policy_weight"):
@@ -81,11 +84,13 @@ class LatentExtras:
     Args:
         log_proxy: log D(y | x) at every position.
         log_prior, uniforms, estimated, trusted: see `ScoredThoughts`.
+        log_proposal: see there; None where the policy drew the thoughts.
         elite_log_probs: log π of what a search found, with its graph.
     """
 
     log_proxy: Float[Tensor, "N T V"] | None = None
     log_prior: Float[Tensor, "N T S"] | None = None
+    log_proposal: Float[Tensor, "N T S"] | None = None
     uniforms: Float[Tensor, "N T S"] | None = None
     estimated: Float[Tensor, "N T S"] | None = None
     trusted: Bool[Tensor, "N T S"] | None = None
@@ -113,6 +118,7 @@ def predicted_value(
     targets: Int[Tensor, "*batch"],
     beta: float = 0.0,
     log_proxy: Float[Tensor, "*batch V"] | None = None,
+    proxy_divergence: ProxyDivergence = "reverse",
 ) -> Float[Tensor, "*batch"]:
     """R of predictions, nats; differentiable in them.
 
@@ -121,9 +127,11 @@ def predicted_value(
         targets: the true next tokens, which a proxy makes unread.
         beta: β.
         log_proxy: log D(y | x), finite.
+        proxy_divergence: see `LatentObjective`.
     """
     if log_proxy is not None:
-        return proxy_value(log_probs.flatten(0, -2), log_proxy.flatten(0, -2), beta).view(targets.shape)
+        of_proxy = forward_proxy_value if proxy_divergence == "forward" else proxy_value
+        return of_proxy(log_probs.flatten(0, -2), log_proxy.flatten(0, -2), beta).view(targets.shape)
     value = log_probs.gather(-1, targets[..., None]).squeeze(-1)
     if beta == 0.0:
         return value
@@ -149,7 +157,7 @@ def latent_loss(output: ReasonerOutput, objective: LatentObjective, extras: Late
         """R of predictions [M, S, V]."""
         true = targets[at][:, None].expand(log_probs.shape[:2])
         of_proxy = None if proxy is None else proxy[:, None].expand(log_probs.shape)
-        return predicted_value(log_probs, true, objective.beta, of_proxy)
+        return predicted_value(log_probs, true, objective.beta, of_proxy, objective.proxy_divergence)
 
     rewards = value(output.talk_log_probs[at])
     nothing = rewards.new_zeros(())
@@ -186,8 +194,10 @@ def scored_by(
     def of_anchors(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[at]
 
+    own = scored_latents(output)
+    proposal = own.log_proposal if extras.log_proposal is None else extras.log_proposal[at]
     scored = replace(
-        scored_latents(output), rewards=rewards, log_prior=of_anchors(extras.log_prior),
+        own, rewards=rewards, log_proposal=proposal, log_prior=of_anchors(extras.log_prior),
         uniforms=of_anchors(extras.uniforms), estimated=of_anchors(extras.estimated),
         trusted=of_anchors(extras.trusted),
     )  # fmt: skip

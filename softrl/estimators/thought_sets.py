@@ -7,13 +7,16 @@ Axes: M anchors, S thoughts an anchor.
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
 from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
 from softrl.objectives import listwise
-from softrl.objectives.partition import partition_loss
+from softrl.objectives.partition import importance_log_z, partition_loss
+
+LogZ = Literal["vargrad", "importance"]
 
 
 @dataclass(frozen=True)
@@ -107,16 +110,32 @@ class OneWinner(Ranking):
 
 @dataclass(frozen=True)
 class Partition(SetRule):
-    """VarGrad: squared residuals of `s + log Z = r/β`, log Z eliminated within the set.
+    """Squared residuals of `s + log Z = r/β`, log Z eliminated within the set or estimated.
 
-    On-policy the expected gradient of the thought part is `−2/β · (S − 1)/S` times that of `E[r] − β KL(π‖π_ref)`,
-    without reference `E[r] + β H(π)`.
+    On-policy the expected gradient of VarGrad's thought part is `−2/β · (S − 1)/S` times that of
+    `E[r] − β KL(π‖π_ref)`, without reference `E[r] + β H(π)`.
+
+    Args:
+        log_z: "vargrad" eliminates it; "importance" estimates it by the same thoughts, `log mean_i exp(r_i/β) π_ref/q`
+            (without reference 1 in the place of π_ref), which takes many of them: with thoughts of π_ref it is the
+            plain mean of exp(r/β).
     """
+
+    log_z: LogZ = "vargrad"
 
     name = "partition"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log_z not in get_args(LogZ):
+            raise ValueError(f"log_z must be one of {get_args(LogZ)}, got {self.log_z!r}")
+
     def _losses(self, scored: ScoredThoughts) -> Float[Tensor, "M"]:
-        return partition_loss(scored.log_ratio(), scored.used_rewards(), self.beta)
+        rewards, log_z = scored.used_rewards(), None
+        if self.log_z == "importance":
+            log_weights = -scored.log_proposal if scored.log_prior is None else scored.log_prior - scored.log_proposal
+            log_z = importance_log_z(rewards, self.beta, log_weights.detach())
+        return partition_loss(scored.log_ratio(), rewards, self.beta, log_z)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,28 @@ from softrl.tokens.truncation import Truncation
 from softrl.types import Support
 
 LatentKind = Literal["discrete", "gaussian", "soft"]
+LARGEST_LOG_SIGMA = 40.0  # of densities in float32: the square of e^40 is 5e34, that of e^45 is infinite
+TEMPERATURES = (1e-3, 1e3)  # at the ends a mixture is one code, or all alike; far beyond, numbers overflow
+
+
+def check_log_sigma_bounds(least: float, most: float) -> None:
+    """Raise ValueError where a clamp of log σ to these bounds would keep nothing finite."""
+    if not least < most:
+        raise ValueError(f"min_log_sigma={least} must be below max_log_sigma={most}")
+    if not -LARGEST_LOG_SIGMA <= least < most <= LARGEST_LOG_SIGMA:
+        raise ValueError(
+            f"min_log_sigma={least} and max_log_sigma={most} must lie within ±{LARGEST_LOG_SIGMA:g}: beyond, "
+            "densities overflow and gradients are not numbers, which bounds are there to prevent; -5 and 2 are usual"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError for a temperature of soft latents that numbers cannot follow."""
+    if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+        raise ValueError(
+            f"latent_temperature must be positive, from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}, got "
+            f"{temperature}; 1 is usual, and for one code there is latent_kind='discrete'"
+        )
 
 
 class Latent(nn.Module, ABC):
@@ -98,9 +120,11 @@ def categorical_draw(log_probs: Float[Tensor, "*batch K"], uniforms: Float[Tenso
         log_probs: up to a constant, nats.
         uniforms: of [0, 1), in float64.
     """
-    below = log_probs.softmax(-1).cumsum(-1)
+    # Sums of many codes are not those of 8 bits: bfloat16 would draw others than log_probs says.
+    exact = torch.float32 if log_probs.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    below = log_probs.to(exact).softmax(-1).cumsum(-1)
     # Strictly below the total, so that a code without probability is never drawn, not even by rounding.
-    share = uniforms.to(below.dtype).clamp(max=1.0 - torch.finfo(below.dtype).eps)
+    share = uniforms.to(exact).clamp(max=1.0 - torch.finfo(exact).eps)
     return (below <= share[..., None] * below[..., -1:]).sum(-1)
 
 
@@ -144,15 +168,14 @@ class SoftLatent(CodebookLatent):
     Args:
         width: D.
         num_latents: K.
-        temperature: τ > 0.
+        temperature: τ, from 0.001 to 1000.
         noise: whether there is any.
     Source: Maddison et al. (2017), arXiv:1611.00712, appendix (ExpConcrete); the noise is `softrl.tokens`'.
     """
 
     def __init__(self, width: int, num_latents: int, temperature: float = 1.0, noise: bool = False):
         super().__init__(width, num_latents)
-        if not temperature > 0.0:
-            raise ValueError(f"latent_temperature must be positive, got {temperature}")
+        check_temperature(temperature)
         self.temperature, self.noise = temperature, noise
         self.num_uniforms = num_latents if noise else 0
         self.value_shape = (num_latents,)
@@ -186,15 +209,14 @@ class GaussianLatent(Latent):
     Args:
         width: D.
         latent_size: of the vector.
-        min_log_sigma, max_log_sigma: bounds of log σ; outside of them s has no gradient.
+        min_log_sigma, max_log_sigma: bounds of log σ, within ±40; outside of them s has no gradient.
     """
 
     def __init__(self, width: int, latent_size: int, min_log_sigma: float = -5.0, max_log_sigma: float = 2.0):
         super().__init__()
         if latent_size < 1:
             raise ValueError(f"latent_size must be at least 1, got {latent_size}")
-        if not min_log_sigma < max_log_sigma:
-            raise ValueError(f"min_log_sigma={min_log_sigma} must be below max_log_sigma={max_log_sigma}")
+        check_log_sigma_bounds(min_log_sigma, max_log_sigma)
         self.bounds = (min_log_sigma, max_log_sigma)
         self.num_outputs, self.num_uniforms, self.value_shape = 2 * latent_size, latent_size, (latent_size,)
         self.linear = nn.Linear(latent_size, width)

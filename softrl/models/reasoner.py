@@ -173,12 +173,30 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: heads may have two layers, and are not to be tied."""
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """What transformers calls for tokens that were added to a tokenizer.
+
+        Raises:
+            ValueError: always: every core has embeddings of its own, and heads have no rows that transformers knows.
+        """
+        raise ValueError(
+            f"a reasoner's vocabulary of {self.config.vocab_size} tokens is that of all its cores and heads and "
+            "cannot be resized; make a new model, ReasonerForCausalLM(ReasonerConfig(vocab_size=...))"
+        )
+
     def _policy(self, module: str) -> Policy:
         return Policy(self.cores[self.config.group_of(module)])
 
     def read(self, input_ids: Int[Tensor, "N T"], attention_mask: Tensor | None = None) -> ReadTexts:
-        """Let every core that reads texts read them, once for all modules of its group."""
+        """Let every core that reads texts read them, once for all modules of its group.
+
+        Raises:
+            ValueError: texts and thoughts are longer than the window of a transformer.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._check_length(mask)
         hidden, states = {}, {}
         for module in self.config.modules:
             letter = self.config.group_of(module)
@@ -187,6 +205,17 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
                 states[letter] = read_texts(policy, "shared", len(input_ids), input_ids.device)
                 hidden[letter] = states[letter].extend(policy.embed(input_ids), mask.bool())
         return ReadTexts(hidden, states, positions(mask.bool()))
+
+    def _check_length(self, mask: Tensor) -> None:
+        config = self.config
+        longest = int(mask.sum(-1).max()) if mask.numel() else 0
+        thought = config.n_thought if config.use_reasoner else 0
+        if config.core == "transformer" and longest + thought > config.max_position_embeddings:
+            raise ValueError(
+                f"a text of {longest} tokens with a thought of {thought} is longer than max_position_embeddings="
+                f"{config.max_position_embeddings} of this transformer; shorten the texts (max_length), or make a "
+                "model for longer ones (block_length_tokens)"
+            )
 
     def uniforms(
         self, where: Int[Tensor, "N T"], num_thoughts: int, seed: int, row_ids: list[int]
@@ -348,10 +377,24 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         return found if self.log_z is None else found | {"log_z": self.log_z(context)}
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **ignored: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        seed: int | None = 0,
+        num_thoughts: int | None = None,
+        **ignored: Any,
     ) -> dict[str, Any]:
-        """The whole text again for every token: nothing is cached between calls."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        """The whole text again for every token: nothing is cached between calls.
+
+        Args:
+            seed: of the thoughts, `generate(..., seed=...)`, the same at every step: what was thought of a token does
+                not change as the text goes on, and the likeliest text is always the same.
+            num_thoughts: S; None for the configuration's.
+            ignored: what `generate` passes.
+        """
+        return {
+            "input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "num_thoughts": num_thoughts,
+        }  # fmt: skip
 
 
 def _scored(

@@ -1,11 +1,12 @@
 """Configuration of the latent reasoner: four modules, which of them share weights, and what is thought in."""
 
 from itertools import product
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from softrl.models.latents import LatentKind
+from softrl.models.latents import LatentKind, check_log_sigma_bounds, check_temperature
 
 MODULES = ("base_lm", "base_reasoner", "reasoner", "interpreter")
 Core = Literal["gru", "transformer"]
@@ -59,7 +60,7 @@ class ReasonerConfig(PreTrainedConfig):
         num_latents: K codes of a codebook.
         latent_size: of a Gaussian vector.
         latent_temperature, latent_noise: τ of soft latents, and whether they have Gumbel noise.
-        min_log_sigma, max_log_sigma: bounds of a Gaussian latent's log σ.
+        min_log_sigma, max_log_sigma: bounds of a Gaussian latent's log σ, within ±40.
         learns_log_z: add a head that estimates log Z of the thoughts after a token, for the partition objective.
         mixing_width: hidden units of the mixing head.
     Raises:
@@ -117,12 +118,17 @@ class ReasonerConfig(PreTrainedConfig):
             "num_latents": 2, "latent_size": 1, "mixing_width": 1,
         }  # fmt: skip
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
-        if not self.latent_temperature > 0.0:
-            raise ValueError(f"latent_temperature must be positive, got {self.latent_temperature}")
-        if not self.min_log_sigma < self.max_log_sigma:
-            raise ValueError(f"min_log_sigma={self.min_log_sigma} must be below max_log_sigma={self.max_log_sigma}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        for name in ("latent_temperature", "min_log_sigma", "max_log_sigma"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+            setattr(self, name, float(getattr(self, name)))  # 2 as well as 2.0
+        check_temperature(self.latent_temperature)
+        check_log_sigma_bounds(self.min_log_sigma, self.max_log_sigma)
 
     def _check_sizes(self) -> None:
         for letter in set(self.weight_groups):

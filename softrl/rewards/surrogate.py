@@ -4,8 +4,9 @@ It averages over the continuations y that a single text shows one of, costs no p
 in the embeddings of a thought, mixtures of soft thoughts included. Members start from different weights and see
 different Bayesian bootstrap weights of the data, so that they agree where there were data and differ elsewhere.
 
-Axes: K members, M anchors, S thoughts an anchor, n tokens a thought, D width. Left out: the optimiser and the held-out
-data (fit on texts that the policy is not trained on, and refresh as it changes), thoughts of different lengths.
+Axes: K members, M anchors, S thoughts an anchor, n tokens a thought, D width. Left out: the optimiser and the data
+(ask about texts before it is fitted to them, and refresh it as the policy changes: trainers here fit it to every
+training batch after they have used its estimates), thoughts of different lengths.
 """
 
 from dataclasses import dataclass

@@ -65,9 +65,18 @@ def measured(output: ReasonerOutput, indices: list[int]) -> list[ReasonedText]:
 
 
 def summary(texts: list[ReasonedText], model: ReasonerForCausalLM) -> dict[str, float]:
-    """Means over tokens, `gain` of the mixture over the base LM, `accuracy`, and how many parameters that took."""
-    count = max(sum(text.num_tokens for text in texts), 1)
-    names = texts[0].sums if texts else ()
+    """Means over tokens, `gain` of the mixture over the base LM, `accuracy`, and how many parameters that took.
+
+    Raises:
+        ValueError: no token of any text counts.
+    """
+    count = sum(text.num_tokens for text in texts)
+    if not count:
+        raise ValueError(
+            f"none of the {len(texts)} texts of eval_dataset has a token that counts behind another one, so there is "
+            "nothing to measure; pass other texts, or another completion_mask"
+        )
+    names = texts[0].sums
     means = {name: sum(text.sums[name] for text in texts) / count for name in names}
     if "hits" in means:
         means["accuracy"] = means.pop("hits")

@@ -17,7 +17,7 @@ from softrl.data.texts import INDEX_COLUMN
 from softrl.estimators.latent_objective import LatentExtras, latent_loss
 from softrl.estimators.latent_thoughts import searched_thoughts
 from softrl.models.policy import evaluating
-from softrl.models.reasoner import IGNORED, ReasonerForCausalLM, ReasonerOutput
+from softrl.models.reasoner import IGNORED, LatentThoughts, ReasonerForCausalLM, ReasonerOutput
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.trainers.loading import load_model, model_name
 from softrl.trainers.plain_text_trainer import PlainTextTrainer
@@ -125,11 +125,11 @@ class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
             )
         args.check_model(reasoner.config)
         self.objective = args.make_objective()
-        self.prior = copy.deepcopy(reasoner).eval().requires_grad_(False) if args.rule_name == "nca" else None
+        self.prior = copy.deepcopy(reasoner).eval().requires_grad_(False) if args.draws_from_start else None
         self.proxy = None if args.proxy_model is None else load_proxy(args.proxy_model, reasoner, tokenizer)
         self.thinks = reasoner.config.use_reasoner and reasoner.config.n_thought > 0
         if args.objective == SURROGATE and self.thinks:
-            settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed)
+            settings = (args.surrogate_spread, args.surrogate_learning_rate, args.seed, reasoner.config.n_thought)
             self.surrogate = SurrogateFit(reasoner.config.reasoner_size, *settings)
         return reasoner
 
@@ -189,14 +189,17 @@ class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
         return found.loss, {name: value.detach() for name, value in numbers.items()}, learned_from
 
     def passed(self, model: ReasonerForCausalLM, batch: TextBatch, step: int) -> ReasonerOutput:
-        """A pass of the model with thoughts keyed by seed, step and text."""
-        config = model.config
+        """A pass of the model with thoughts keyed by seed, step and text; in training perhaps a reference's."""
+        config, values = model.config, None
         evaluates = step == _EVALUATION_STEP
         count = self.args.num_eval_thoughts if evaluates else self.args.num_thoughts
+        seed = sequence_seed(self.args.seed, step)
+        if self.prior is not None and self.thinks and not evaluates:
+            values = thoughts_of(self.prior, batch, count, seed).values
         return model(
-            batch.ids, batch.mask, batch.labels,
+            batch.ids, batch.mask, batch.labels, values=values,
             num_thoughts=count if config.n_thought else 1,  # without latents all thoughts are the same
-            seed=sequence_seed(self.args.seed, step), row_ids=batch.indices,
+            seed=seed, row_ids=batch.indices,
             reparameterised=self.objective.reparameterises and not evaluates and self.thinks,
             with_logits=evaluates,
         )  # fmt: skip
@@ -218,8 +221,9 @@ class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
             log_proxy = proxy_log_probs(self.proxy, batch.ids, batch.mask)
         if self.thinks and output.thought_log_probs is not None:
             shape = output.thought_log_probs.shape
-            if self.prior is not None:
-                log_prior = self.prior(batch.ids, batch.mask, values=output.thought_values).thought_log_probs
+            if self.prior is not None:  # which drew them, see `passed`
+                read = self.prior.read(batch.ids, batch.mask)
+                log_prior = self.prior.think(read, values=output.thought_values).log_probs.sum(-1)
             if self.args.rule_name == "trice":
                 key = (self.args.seed, self.state.global_step)
                 random = SequenceRandom([sequence_seed(*key, index, _DRAWS) for index in batch.indices])
@@ -228,7 +232,7 @@ class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
             context, embeds = surrogate_inputs(output)
             said = self.surrogate.surrogate(context.flatten(0, 1), embeds.flatten(0, 1))
             estimated, trusted = (each.unflatten(0, context.shape[:2]) for each in (said.estimated, said.trusted))
-        return LatentExtras(log_proxy, log_prior, uniforms, estimated, trusted)
+        return LatentExtras(log_proxy, log_prior, log_prior, uniforms, estimated, trusted)
 
     @staticmethod
     def _numbers(output: ReasonerOutput) -> dict[str, Tensor]:
@@ -257,6 +261,13 @@ def surrogate_inputs(output: ReasonerOutput) -> tuple[Tensor, Tensor]:
     assert output.thought_embeds is not None
     context = output.context.detach().float()
     return nn.functional.layer_norm(context, context.shape[-1:]), output.thought_embeds.detach().float()
+
+
+@torch.no_grad()
+def thoughts_of(model: ReasonerForCausalLM, batch: TextBatch, count: int, seed: int) -> LatentThoughts:
+    """S thoughts after every token, of random numbers as `ReasonerForCausalLM.forward` has them."""
+    texts = model.read(batch.ids, batch.mask)
+    return model.think(texts, model.uniforms(texts.positions, count, seed, batch.indices))
 
 
 def load_proxy(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softrl.assets import write_atomically
 from softrl.estimators.thoughts import is_valid, surrogate_inputs
-from softrl.rewards.surrogate import RewardSurrogate
+from softrl.rewards.surrogate import Pooling, RewardSurrogate
 from softrl.rollouts.thoughts import ThoughtPass
 from softrl.types import Thoughts
 
@@ -26,10 +26,17 @@ class SurrogateFit:
         max_std_nats: see `RewardSurrogate`.
         learning_rate: of AdamW.
         seed: of weights and bootstraps.
+        thought_length: n, of all thoughts; None where it varies, and a thought is read as the mean of its tokens,
+            which cannot tell their order.
     """
 
-    def __init__(self, width: int, max_std_nats: float, learning_rate: float, seed: int):
-        self.surrogate = RewardSurrogate(width, max_std_nats=max_std_nats, seed=seed)
+    def __init__(
+        self, width: int, max_std_nats: float, learning_rate: float, seed: int, thought_length: int | None = None
+    ):
+        pooling: Pooling = "mean" if thought_length is None else "flatten"
+        self.surrogate = RewardSurrogate(
+            width, thought_length or 1, max_std_nats=max_std_nats, pooling=pooling, seed=seed
+        )
         self.optimizer = torch.optim.AdamW(self.surrogate.parameters(), lr=learning_rate, weight_decay=0.0)
         self.num_updates = 0
 

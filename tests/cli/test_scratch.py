@@ -53,10 +53,16 @@ def test_what_was_made_loads_by_auto_classes_and_trains_on(tiny, tmp_path, capsy
     assert "interpreter_nll" in out
     model, words = (each.from_pretrained("run") for each in (AutoModelForCausalLM, AutoTokenizer))
     assert words.decode(words("or not\n").input_ids) == "or not\n"
-    generated = model.generate(**words("to be", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    given = words("to be", return_tensors="pt")
+    generated = model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert generated.shape == (1, len(words("to be").input_ids) + 3)
-    assert generate.main(["--model", "run", "--prompt", "to be"]) == 2
-    assert "thinks in latents, and writes by model.generate" in capsys.readouterr().err
+    wide = ["--interpreter_size", "12", "--checkpoint", "run"]
+    assert evaluate.main([*argv, *wide]) == 2
+    err = capsys.readouterr().err
+    assert "run holds another model than the recipe makes" in err
+    assert "state_dict" not in err
+    assert generate.main(["--model", "run", "--prompt", "to be", "--max_new_tokens", "3", "--no_stream"]) == 0
+    assert capsys.readouterr().out.startswith("to be")
     further = [*tiny, "--model_name_or_path", "run", "--output_dir", "further"]
     before = built(*further).evaluate()["eval_nll"]
     assert before == pytest.approx(built(*argv, "--model_name_or_path", "run").evaluate()["eval_nll"])

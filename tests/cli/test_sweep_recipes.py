@@ -88,3 +88,21 @@ def test_sharing_has_all_fifteen_partitions_of_four_modules_and_three_seeds():
     assert len(transitive) == 15
     assert shared == transitive
     assert set(map(tuple, seeds.values())) == {(7, 8, 9)}
+
+
+def test_where_the_policys_weight_varies_it_can_act_and_by_one_way():
+    """Adam takes a gradient's scale away: a weight acts where losses share weights, or by clipping, apart here."""
+    groups = {}
+    for values in question_of("reasoner-policy-weight").search().grid():
+        given = question_of("reasoner-policy-weight").search().given(values)
+        groups.setdefault(values["arm"], []).append(given)
+    clipped = {arm: {given["max_grad_norm"] for given in of} for arm, of in groups.items()}
+    assert {arm for arm, norms in clipped.items() if norms == {0}} == set(groups) - {"one set, clipped at 1"}
+    shared = {arm for arm, of in groups.items() if {given["weight_groups"] for given in of} == {"AAAA"}}
+    assert shared == set(groups) - {"separate modules"}
+    assert {given["policy_weight"] for given in groups["one set of weights"]} >= {0, 1, 100, 10000}
+    assert all({0, 10000} <= {given["policy_weight"] for given in of} for of in groups.values())
+    assert {given.get("use_base_lm", True) for of in groups.values() for given in of} == {True, False}
+    assert sum(len(of) for of in groups.values()) <= 36
+    zero = question_of("reasoner-zero").search()
+    assert {zero.given(values).get("policy_weight") for values in zero.grid()} <= {0, 1, None}

@@ -16,7 +16,7 @@ from softrl.estimators.latent_thoughts import scored_latents, with_thought_entro
 from softrl.estimators.thought_rules import THOUGHT_RULES, ScoredThoughts, make_thought_rule
 from softrl.models.reasoner import ReasonerForCausalLM
 from softrl.models.reasoner_config import ReasonerConfig
-from softrl.objectives.proxy import proxy_value
+from softrl.objectives.proxy import forward_proxy_value, proxy_value
 from softrl.rewards.surrogate import RewardSurrogate
 
 X, K, BETA, CLOSE = 3, 6, 0.6, 0.02
@@ -68,12 +68,11 @@ def trained(model, loss_of, steps=250, learning_rate=0.03):
 
 
 def scored_by_table(model, step, num_thoughts, table=REWARDS, prior=False):
-    """Thoughts that the reasoner draws, or (for a prior's rules) every latent once, with rewards of the table."""
+    """Thoughts that the reasoner draws, or (for a prior's rules) a uniform prior, with rewards of the table."""
     texts = model.read(IDS)
-    if prior:
-        thoughts = model.think(texts, values=EVERY)
-    else:
-        thoughts = model.think(texts, model.uniforms(texts.positions, num_thoughts, step, list(range(X))))
+    uniforms = model.uniforms(texts.positions, num_thoughts, step, list(range(X)))
+    drawn = {"values": (K * uniforms[..., 0]).long()} if prior else {"uniforms": uniforms}
+    thoughts = model.think(texts, **drawn)
     codes, log_probs = thoughts.values[:, 0, :, 0], thoughts.log_probs[:, 0, :, 0]
     log_prior = torch.full_like(log_probs, -torch.tensor(float(K)).log().item()) if prior else None
     log_z = model.log_z(texts.hidden["A"])[:, 0]
@@ -87,6 +86,8 @@ WITH_BETA = {
     "listwise": ("listwise", {"beta": BETA}, False),
     "partition, learned log Z": ("partition_learned", {"beta": BETA}, False),
     "partition, estimated log Z": ("partition", {"beta": BETA}, False),
+    "partition, log Z by thoughts of a reference": ("partition", {"beta": BETA, "log_z": "importance"}, True),
+    "partition, log Z by its own thoughts": ("partition", {"beta": BETA, "log_z": "importance"}, False),
     "nca": ("nca", {"beta": BETA}, True),
 }
 WITH_ENTROPY = {"reinforce": ("reinforce", {}), "reinforce, batch baseline": ("reinforce", {"baseline": "batch"}),
@@ -103,6 +104,23 @@ def trained_with_beta(name, core, beta=BETA):
     rule_name, settings, prior = WITH_BETA[name]
     rule, model = make_thought_rule(rule_name, settings | {"beta": beta}), reasoner(core)
     return trained(model, lambda step: rule.thought_losses(scored_by_table(model, step, 64, prior=prior)).mean())
+
+
+def test_nca_does_not_reach_it_on_thoughts_of_the_policy_or_on_few():
+    """Why the trainer draws from the reference, and what its configuration says of how many."""
+
+    def found(num_thoughts, own):
+        rule, model = make_thought_rule("nca", {"beta": BETA}), reasoner()
+
+        def loss(step):
+            scored = scored_by_table(model, step, num_thoughts, prior=not own)
+            uniform = torch.full_like(scored.log_probs, 1.0 / K).log()
+            return rule.thought_losses(replace(scored, log_prior=uniform)).mean()
+
+        return apart(trained(model, loss), softmax_target(BETA))
+
+    assert found(64, own=True) > 3.0 * CLOSE
+    assert found(4, own=False) > 3.0 * CLOSE
 
 
 @pytest.mark.parametrize("name", WITH_BETA)
@@ -322,6 +340,21 @@ def test_a_proxy_value_is_a_sum_over_the_vocabulary():
         torch.testing.assert_close(ours, expected)
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         proxy_value(log_probs, proxy, -1.0)
+
+
+def test_the_forward_proxy_value_is_minus_the_forward_kl_by_enumeration():
+    logits, proxy = distributions(0).requires_grad_(), distributions(1).log_softmax(-1)
+    log_probs = logits.log_softmax(-1)
+    ours = forward_proxy_value(log_probs, proxy)
+    for row in range(3):
+        expected = sum(proxy[row, y].exp() * (log_probs[row, y] - proxy[row, y]) for y in range(V))
+        torch.testing.assert_close(ours[row], expected)
+    (grad,) = torch.autograd.grad(ours.sum(), logits)
+    torch.testing.assert_close(grad, proxy.exp() - logits.softmax(-1).detach())  # maximum likelihood on samples of D
+    spread = -(log_probs.exp() * log_probs).sum(-1)
+    torch.testing.assert_close(forward_proxy_value(log_probs, proxy, 0.7), ours + 0.7 * spread)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        forward_proxy_value(log_probs, proxy, -1.0)
 
 
 # From a forward pass to a record of thoughts.

@@ -151,6 +151,7 @@ def unchecked():
         (lambda: make_thought_rule("trice", {"control": "other"}), "control must be a number or 'leave_one_out'"),
         (lambda: make_thought_rule("rloo", {"max_importance": 0.0}), "max_importance must be positive.* got 0.0"),
         (lambda: make_thought_rule("listwise", {"beta": -1.0}), "beta must be positive and finite.* got -1.0"),
+        (lambda: make_thought_rule("partition", {"log_z": "mean"}), "log_z must be one of .*got 'mean'"),
         (lambda: make_thought_rule("grpo"), "rule must be one of .*got 'grpo'"),
         (lambda: make_thought_rule("rloo", {"beta": 1.0}), r"rloo takes the settings .*got \['beta'\] as well"),
     ],

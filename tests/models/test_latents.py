@@ -43,6 +43,16 @@ def test_a_code_without_probability_is_never_drawn():
         assert latent.sample(outputs.expand(2, 4), ends).tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_many_codes_are_drawn_with_their_probabilities_in_every_precision(dtype):
+    """512 codes: the shares of a grid of uniform numbers, which sums in 8 bits miss by a total variation of 0.2."""
+    log_probs = numbers(512).to(dtype).log_softmax(-1)
+    spread = ((torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000)[:, None]
+    codes = DiscreteLatent(3, 512).sample(log_probs.expand(40_000, 512), spread)
+    shares = torch.bincount(codes, minlength=512).double() / 40_000
+    assert (shares - log_probs.double().softmax(-1)).abs().sum() / 2.0 < 0.005
+
+
 def test_discrete_log_probabilities_and_entropy_are_torchs():
     latent, outputs = DiscreteLatent(3, 5).double(), numbers(2, 7, 5).requires_grad_()
     codes = latent.sample(outputs, uniforms(2, 7, 1))
@@ -99,9 +109,11 @@ def test_log_sigma_is_clamped_before_the_exponential(raw):
         assert bool(loss.isfinite()) == (name != "none"), name
 
 
+@pytest.mark.parametrize("bounds", [(-5.0, 2.0), (-40.0, 40.0)])
 @pytest.mark.parametrize("raw", [-1000.0, -100.0, 100.0, 1000.0])
-def test_all_of_a_gaussian_latent_is_finite_at_extreme_log_sigmas(raw):
-    latent, outputs = GaussianLatent(3, 1), torch.tensor([[0.2, raw]], requires_grad=True)
+def test_all_of_a_gaussian_latent_is_finite_at_extreme_log_sigmas(raw, bounds):
+    """Also between the widest bounds there may be."""
+    latent, outputs = GaussianLatent(3, 1, *bounds), torch.tensor([[0.2, raw]], requires_grad=True)
     values = latent.rsample(outputs, torch.tensor([[0.9]], dtype=torch.float64))
     parts = [values.square().sum(), latent.log_prob(outputs, values.detach()).sum(), latent.entropy(outputs).sum()]
     for part in parts:
@@ -158,6 +170,17 @@ def test_without_noise_a_mixture_is_the_softmax():
     assert torch.equal(latent.rsample(outputs, uniforms(2, 0)), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_soft_latents_are_finite_at_the_ends_of_temperature(temperature, dtype):
+    latent = SoftLatent(3, 8, temperature, noise=True).to(dtype)
+    outputs = (20.0 * numbers(50, 8)).to(dtype).requires_grad_()
+    values = latent.rsample(outputs, uniforms(50, 8))
+    for part in (latent.embed(values).sum(), latent.log_prob(outputs, values.detach()).sum()):
+        assert part.isfinite()
+        assert torch.autograd.grad(part, outputs, retain_graph=True)[0].isfinite().all()
+
+
 # What is refused.
 
 
@@ -168,7 +191,9 @@ def test_bad_settings_are_named():
         make_latent("hard", 3, 4, 2)
     for match, make in (
         ("num_latents must be at least 2", lambda: DiscreteLatent(3, 1)),
-        ("latent_temperature must be positive, got 0", lambda: SoftLatent(3, 4, 0.0)),
+        ("latent_temperature must be positive, from 0.001 to 1000, got 0.0", lambda: SoftLatent(3, 4, 0.0)),
+        ("latent_temperature must be positive, from 0.001 to 1000, got 1e-39", lambda: SoftLatent(3, 4, 1e-39)),
+        ("max_log_sigma=1000.0 must lie within ±40", lambda: GaussianLatent(3, 1, -5.0, 1000.0)),
         ("latent_size must be at least 1, got 0", lambda: GaussianLatent(3, 0)),
         ("min_log_sigma=2.0 must be below max_log_sigma=2.0", lambda: GaussianLatent(3, 1, 2.0, 2.0)),
     ):

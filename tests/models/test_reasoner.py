@@ -1,44 +1,16 @@
-"""The latent reasoner against plain loops over positions, thoughts and latents, and what sharing weights means."""
+"""The latent reasoner against plain loops over positions, thoughts and latents; causality, padding, fast paths."""
 
 import itertools
 
 import pytest
 import torch
-from helpers import with_float64_norms
-from safetensors.torch import load_file
+from models.latent_reasoners import KINDS, SEED, SIZES, V, close, reasoner, texts
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from softrl.models.reasoner import ReasonerForCausalLM
-from softrl.models.reasoner_config import WEIGHT_GROUPS, ReasonerConfig
+from softrl.models.reasoner_config import WEIGHT_GROUPS
 
-V, SEED = 11, 5
 pytestmark = pytest.mark.usefixtures("float64_inside")
-KINDS = {
-    "discrete": {"latent_kind": "discrete", "num_latents": 3},
-    "gaussian": {"latent_kind": "gaussian", "latent_size": 2},
-    "soft": {"latent_kind": "soft", "num_latents": 3, "latent_noise": True, "latent_temperature": 0.8},
-}
-SIZES = {"base_lm_size": 4, "reasoner_size": 8, "interpreter_size": 12}
-
-
-def reasoner(seed=0, **settings):
-    torch.manual_seed(seed)
-    given = {"vocab_size": V, "base_lm_size": 8, "reasoner_size": 8, "interpreter_size": 8, "mixing_width": 6}
-    model = ReasonerForCausalLM(ReasonerConfig(**(given | settings))).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(("mixing.last", "log_z")):
-                parameter.normal_(0.0, 0.5)
-    return with_float64_norms(model)
-
-
-def texts(num_texts=2, length=5, seed=0):
-    return torch.randint(0, V, (num_texts, length), generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 # The forward pass against loops.
@@ -274,6 +246,42 @@ def test_what_is_not_a_label_does_not_count():
 # Fast and slow path, controls.
 
 
+def one_prefix_at_a_time(model, ids):
+    """log p_mixed without a reasoner: every module reads every prefix anew, by the loops above."""
+    core = LoopedGRU if model.config.core == "gru" else LoopedLlama
+    base, interpret = core(model, "base_lm"), core(model, "interpreter")
+    head, rows = model.interpreter_head or model.head, []
+    for row, where in itertools.product(range(len(ids)), range(ids.shape[1])):
+        prefix = ids[row, : where + 1]
+        of_base, hidden = base.read(prefix)[0], interpret.read(prefix)[0]
+        weight = model.mixing(of_base, hidden).sigmoid()
+        mixed = (1 - weight) * model.head(of_base).softmax(-1) + weight * head(model.to_head(hidden)).softmax(-1)
+        rows.append(mixed.log())
+    return torch.stack(rows).unflatten(0, ids.shape)
+
+
+@pytest.mark.parametrize("groups", WEIGHT_GROUPS)
+@pytest.mark.parametrize("core", ["gru", "transformer"])
+def test_without_a_reasoner_one_pass_is_the_slow_computation_in_every_pattern(core, groups):
+    """Predictions, loss and all gradients; also of the model with a reasoner whose thoughts have no length."""
+    fast = reasoner(use_reasoner=False, core=core, weight_groups=groups, share_lm_head=groups == "AAAA")
+    ids = texts()
+    slow = one_prefix_at_a_time(fast, ids)
+    loss = -slow[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    theirs = torch.autograd.grad(loss, list(fast.parameters()))
+    full = reasoner(n_thought=0, core=core, weight_groups=groups, share_lm_head=groups == "AAAA")
+    full.load_state_dict({**full.state_dict(), **fast.state_dict()})
+    for model in (fast, full):
+        out = model(ids, labels=ids, num_thoughts=1)
+        close(out.logits, slow)
+        close(out.loss, loss)
+        named = dict(model.named_parameters())
+        mine = torch.autograd.grad(out.loss, [named[name] for name, _ in fast.named_parameters()])
+        for (name, _), ours, expected in zip(fast.named_parameters(), mine, theirs, strict=True):
+            assert expected.any() or not name.startswith("cores"), name
+            close(ours, expected)
+
+
 @pytest.mark.parametrize("use_base_lm", [True, False])
 @pytest.mark.parametrize("core", ["gru", "transformer"])
 def test_the_fast_path_is_the_slow_one_without_latents(core, use_base_lm):
@@ -304,74 +312,3 @@ def test_without_reasoner_and_base_it_is_a_plain_language_model():
     logits = model.head(plain(core.embed_tokens(ids))[0])
     close(model(ids).logits, logits.log_softmax(-1))
     close(model(ids, labels=ids).loss, nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-
-
-def test_mixing_begins_in_the_middle():
-    torch.manual_seed(0)
-    model = ReasonerForCausalLM(ReasonerConfig(vocab_size=V, learns_log_z=True))
-    out = model(texts())
-    assert (out.mixing == 0.5).all()
-    assert (out.log_z == 0.0).all()
-    expected = (out.base_log_probs.exp()[:, :, None] + out.interpreter_log_probs.exp()).log() - torch.tensor(2.0).log()
-    torch.testing.assert_close(out.talk_log_probs, expected, rtol=1e-5, atol=1e-5)
-
-
-# Sharing weights.
-
-
-@pytest.mark.parametrize("groups", WEIGHT_GROUPS)
-def test_what_is_shared_is_counted_and_kept_once(groups, tmp_path):
-    model = reasoner(weight_groups=groups, n_thought=1).to(torch.float32)
-    core = V * 8 + 2 * (24 * 8 + 24)
-    heads, mixing = 2 * (8 * V + V), (16 * 6 + 6) + (6 * 6 + 6) + 7
-    thinking = 8 * 8 + (8 * 8 + 8) + 8  # codebook, latent head, start
-    assert model.num_parameters() == len(set(groups)) * core + heads + mixing + thinking
-    assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - len(set(groups)) * V * 8
-    policies = [model._policy(name).decoder for name in ("base_lm", "base_reasoner", "reasoner", "interpreter")]
-    for first, second in itertools.combinations(range(4), 2):
-        assert (policies[first] is policies[second]) == (groups[first] == groups[second])
-    model.save_pretrained(tmp_path)
-    kept = load_file(tmp_path / "model.safetensors")
-    assert sum(value.numel() for value in kept.values()) == model.num_parameters()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert loaded.config.weight_groups == groups
-    ids = texts()
-    assert torch.equal(loaded(ids, seed=1).logits, model(ids, seed=1).logits)
-
-
-def test_a_transformer_and_every_setting_survive_saving(tmp_path):
-    settings = {
-        "core": "transformer", "num_hidden_layers": 2, "weight_groups": "ABBC", **SIZES, "share_lm_head": True,
-        "simple_lm_head": False, "learns_log_z": True, **KINDS["gaussian"],
-    }  # fmt: skip
-    torch.manual_seed(0)
-    given = ReasonerConfig(vocab_size=V, **settings)
-    model = ReasonerForCausalLM(given).eval()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name, value in settings.items():
-        assert getattr(loaded.config, name) == value
-    ids = texts()
-    torch.testing.assert_close(loaded(ids, seed=1).logits, model(ids, seed=1).logits)
-
-
-def test_it_generates():
-    model, ids = reasoner(), texts(2, 3)
-    written = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert written.shape == (2, 7)
-    assert torch.equal(written[:, :3], ids)
-
-
-# What is refused.
-
-
-def test_bad_requests_are_named():
-    model, ids = reasoner(), texts()
-    with pytest.raises(ValueError, match="num_thoughts must be at least 1, got 0"):
-        model(ids, num_thoughts=0)
-    with pytest.raises(ValueError, match="row_ids: expected one for each of 2 texts, got 1"):
-        model(ids, row_ids=[1])
-    with pytest.raises(ValueError, match="no reparameterised sample"):
-        model(ids, reparameterised=True)
-    with pytest.raises(ValueError, match="random numbers to draw latents with, or latents to score"):
-        model.think(model.read(ids))

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from estimators.reasoners import reasoner
 from helpers import V, llama
 from trainers.tiny import logs_of, numbers_of, parameters_of, word_tokenizer
 from transformers import AutoModelForCausalLM
 
+from softrl.estimators.latent_objective import latent_loss
+from softrl.models.reasoner import ReasonerForCausalLM
 from softrl.tokens.noise import sequence_seed
 from softrl.trainers import ReasonerTrainer, ReasonerTrainingConfig
 from softrl.trainers.reasoner_config import OBJECTIVES
@@ -107,6 +110,63 @@ def test_every_objective_takes_steps_and_moves_the_reasoner(tmp_path, objective)
         assert all(0.0 < share <= 1.0 for share in logs_of(trainer, "surrogate/trusted"))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"objective": "nca"}, {"objective": "partition", "objective_settings": {"log_z": "importance"}}]
+)
+def test_objectives_with_a_reference_learn_from_its_thoughts(tmp_path, settings):
+    """Of the model as it began, whatever the policy has become: their values, and both log-probabilities by hand."""
+    trainer = trained(tmp_path, num_thoughts=4, beta_2=0.7, **settings)
+    start = reasoner()
+    with torch.no_grad():
+        trainer.model.latent_head.weight.add_(1.0)
+        trainer.model.start.neg_()
+    rows = [trainer.train_dataset[index] for index in (3, 1)]
+    batch = trainer.batch(rows)
+    key = {"seed": sequence_seed(trainer.args.seed, 5), "row_ids": [3, 1], "num_thoughts": 4}
+    output = trainer.passed(trainer.model, batch, 5)
+    theirs = start(batch.ids, batch.mask, **key)
+    assert torch.equal(output.thought_values, theirs.thought_values)
+    assert not torch.allclose(output.thought_log_probs, theirs.thought_log_probs, atol=0.1)
+    extras = trainer.extras(output, batch)
+    torch.testing.assert_close(extras.log_prior, theirs.thought_log_probs)
+    torch.testing.assert_close(extras.log_proposal, theirs.thought_log_probs)
+    found = latent_loss(output, trainer.objective, extras)
+    rewards, own, of_start = (
+        each[output.is_target].detach()
+        for each in (output.rewards, output.thought_log_probs, theirs.thought_log_probs)
+    )
+    ratio, scaled = own - of_start, rewards / 0.7
+    if settings["objective"] == "nca":
+        terms = scaled.softmax(-1) * ratio.sigmoid().log() + (-ratio).sigmoid().log() / 4
+        expected = -terms.sum(-1)
+    else:
+        log_z = scaled.exp().mean(-1).log()
+        expected = (ratio + log_z[:, None] - scaled).square().mean(-1)
+    assert found.policy.item() == pytest.approx(expected.mean().item(), rel=1e-9)
+    assert found.talk.item() == pytest.approx((ratio.softmax(-1) * rewards).sum(-1).mean().item(), rel=1e-9)
+    own_thoughts = trainer.model(batch.ids, batch.mask, **{**key, "seed": sequence_seed(trainer.args.seed, -1)})
+    evaluated = trainer.passed(trainer.model, batch, -1)
+    assert torch.equal(evaluated.thought_values, own_thoughts.thought_values), "an evaluation is of the policy's own"
+
+
+def test_the_surrogate_tells_the_order_of_latents(tmp_path):
+    """Thoughts of two of three codes, the reward 1 nat where the first is smaller: a mean over latents shows nothing.
+
+    Estimates that are trusted would all be about 0.
+    """
+    fit = trained(tmp_path, objective="surrogate", surrogate_learning_rate=0.01, surrogate_spread=0.3).surrogate
+    pairs = torch.tensor([(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)])
+    codes = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    context = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    embeds = codes[pairs].expand(4, -1, -1, -1)
+    rewards = torch.where(pairs[:, 0] < pairs[:, 1], 1.0, -1.0).expand(4, -1)
+    for _ in range(200):
+        fit.learn_from(context, embeds, rewards, Accelerator())
+    said = fit.surrogate(context, embeds)
+    assert said.trusted.all()
+    assert (said.estimated - rewards).abs().max() < 0.2
+
+
 @pytest.mark.parametrize("objective", ["reinforce", "cem", "reparameterised"])
 def test_policy_weight_zero_leaves_thoughts_as_they_were(tmp_path, objective):
     trainer = trained(tmp_path, objective=objective, policy_weight=0.0)
@@ -115,6 +175,20 @@ def test_policy_weight_zero_leaves_thoughts_as_they_were(tmp_path, objective):
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, start[name])}
     assert not [name for name in moved if name.startswith(("latent_head", "start", "cores.B", "cores.C"))]
     assert {"cores.A.decoder.cells.0.weight_hh", "cores.D.decoder.cells.0.weight_hh"} <= moved
+
+
+@pytest.mark.parametrize(("groups", "same"), [("ABCD", True), ("AAAA", False)])
+def test_with_adam_the_policys_weight_acts_on_predictions_where_they_share_weights(tmp_path, groups, same):
+    """What `sweeps/reasoner-policy-weight` rests on; without clipping, which would pass the weight on by the norm."""
+    found = []
+    for weight in (1.0, 1e4):
+        adam = {"optim": "adamw_torch", "learning_rate": 0.01}
+        trainer = trained(tmp_path, weight_groups=groups, policy_weight=weight, **adam)
+        start = trainer.model.cores["A"].decoder.cells[0].weight_hh.detach().clone()
+        trainer.train()
+        found.append(trainer.model.cores["A"].decoder.cells[0].weight_hh.detach() - start)
+    apart = ((found[1] - found[0]).norm() / found[0].norm()).item()
+    assert apart < 0.02 if same else apart > 0.5
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4}
@@ -161,6 +235,19 @@ def test_an_evaluation_is_of_tokens_and_averages_thoughts_in_probability(tmp_pat
     )
 
 
+def test_texts_of_which_nothing_counts_cannot_be_measured(tmp_path):
+    nothing = texts(3).add_column("completion_mask", [[1, 0, 0, 0, 0, 0]] * 3)
+    with pytest.raises(ValueError, match=r"none of the 3 texts of eval_dataset has a token that counts"):
+        trained(tmp_path, evaluation=nothing).evaluate()
+
+
+def test_settings_of_a_latent_reach_the_model(tmp_path):
+    args = ReasonerTrainingConfig(
+        str(tmp_path), report_to=[], use_cpu=True, latent_kind="gaussian", min_log_sigma=-1.5, max_log_sigma=0.5
+    )
+    assert ReasonerForCausalLM(args.model_config(V)).latent.bounds == (-1.5, 0.5)
+
+
 def test_shared_weights_are_counted_once_and_at_the_start_of_the_log(tmp_path):
     whole, shared = (trained(tmp_path, weight_groups=groups, max_steps=1) for groups in ("ABCD", "AAAA"))
     for trainer in (whole, shared):
@@ -187,21 +274,25 @@ def test_models_without_a_part_train_and_say_nothing_of_it(tmp_path, settings, a
     assert found["eval_nll"] < trained(tmp_path, **settings).evaluate()["eval_nll"]
 
 
-@pytest.mark.parametrize("beta", [None, 0.0])
-def test_a_proxy_takes_the_place_of_the_data(tmp_path, beta):
-    """The reward is −KL(π‖D) by default, and E log D with β = 0."""
+@pytest.mark.parametrize(("beta", "divergence"), [(None, "reverse"), (0.0, "reverse"), (None, "forward")])
+def test_a_proxy_takes_the_place_of_the_data(tmp_path, beta, divergence):
+    """The reward is −KL(π‖D) by default, E log D with β = 0, and −KL(D‖π) forward."""
     llama().float().save_pretrained(tmp_path / "proxy")
     word_tokenizer().save_pretrained(tmp_path / "proxy")
     trainer = trained(
         tmp_path / "run", tokenizer=word_tokenizer(), reward_from="proxy", proxy_model=str(tmp_path / "proxy"),
-        beta=beta, max_steps=1,
+        beta=beta, proxy_divergence=divergence, max_steps=1,
     )  # fmt: skip
     rows = [trainer.train_dataset[index] for index in range(8)]
     ids = torch.tensor([row["input_ids"] for row in rows])
     output = reasoner()(ids, num_thoughts=3, seed=sequence_seed(trainer.args.seed, 0), row_ids=list(range(8)))
     proxy = AutoModelForCausalLM.from_pretrained(tmp_path / "proxy")(ids).logits.log_softmax(-1).double()
     talk = output.talk_log_probs[:, :-1]
-    value = (talk.exp() * (proxy[:, :-1, None] - (talk if beta is None else 0.0))).sum(-1).mean().item()
+    of_proxy = proxy[:, :-1, None]
+    if divergence == "forward":
+        value = (of_proxy.exp() * (talk - of_proxy)).sum(-1).mean().item()
+    else:
+        value = (talk.exp() * (of_proxy - (talk if beta is None else 0.0))).sum(-1).mean().item()
     trainer.compute_loss(trainer.model, rows)
     assert trainer._metrics.drained(1, "update")["reward"] == pytest.approx(value, rel=1e-5)
 
@@ -234,12 +325,17 @@ def test_a_saved_model_loads_by_auto_classes_and_goes_on(tmp_path):
         ({"objective": "reparameterised", "policy_weight": 3.0}, "policy_weight must be 0 or 1"),
         ({"objective": "cem", "objective_settings": {"rounds": 2}}, r"'cem' takes the settings \['num_elites'"),
         ({"objective": "cem", "beta_2": 0.1}, "a search finds the thoughts to learn from"),
+        ({"proxy_divergence": "forward"}, "says how a proxy scores, and there is none"),
         ({"objective": "cem", "reward_from": "proxy", "proxy_model": "x"}, "use reward_from='data'"),
         ({"weight_groups": "ABC"}, "weight_groups must have one letter for each of base_lm"),
         ({"weight_groups": "AAAA", "reasoner_size": 16}, "make the sizes equal, or give these modules different"),
         ({"gradient_checkpointing": True}, "transformers then drops the keys that thoughts share"),
         ({"beta_2": -1.0}, "beta_2 must be 0 or more, got -1.0"),
         ({"objective": "rloo", "objective_settings": {"top": 2}}, "rloo takes the settings"),
+        (
+            {"objective": "listwise", "beta_2": 0.3, "objective_settings": {"beta": 0.5}},
+            "both say the temperature of objective='listwise'; leave one of them out",
+        ),
     ],
 )
 def test_configurations_that_mean_nothing_are_refused(tmp_path, settings, message):
