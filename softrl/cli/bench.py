@@ -45,12 +45,17 @@ def main(argv: list[str]) -> int:
     blocks.add_argument("--block_lengths", nargs="+", type=int, default=[8, 16, 32], help="steps a block (8 16 32)")
     blocks.add_argument("--output", type=Path, default=Path("runs/blocks.csv"), help="CSV (runs/blocks.csv)")
     _add_thoughts(benchmarks.add_parser("thoughts", help="thinking after every token: shared prefix against dense"))
+    reasoner = benchmarks.add_parser("reasoner", help="without a reasoner: one pass of a text against every prefix")
+    reasoner.add_argument("--lengths", nargs="+", type=int, default=[16, 32, 64, 128], help="T (16 32 64 128)")
     given = parser.parse_args(argv)
 
     from softrl.assets import AssetError
 
     try:
-        runs = {"memory": _memory, "hops": _hops, "blocks": _blocks, "rollout": _rollout, "thoughts": _thoughts}
+        runs = {
+            "memory": _memory, "hops": _hops, "blocks": _blocks, "rollout": _rollout, "thoughts": _thoughts,
+            "reasoner": _reasoner,
+        }  # fmt: skip
         return runs[given.benchmark](given)
     except (AssetError, ValueError) as error:
         print(f"softrl bench: {error}", file=sys.stderr)
@@ -133,4 +138,11 @@ def _thoughts(given: argparse.Namespace) -> int:
     settings = [Setting(given.model, each, n, given.talk, given.texts) for n in thoughts for each in lengths]
     run(settings, given.rounds or rounds, not given.no_memory, given.output)
     print(f"Written to {given.output} and {given.output.with_suffix('.png')}.")
+    return 0
+
+
+def _reasoner(given: argparse.Namespace) -> int:
+    from softrl.studies.reasoner_paths import run
+
+    run(given.lengths)
     return 0

@@ -1,14 +1,13 @@
 """Without a reasoner a text is read in one pass: what that saves against the plain way, every prefix by itself.
 
-`python -m softrl.studies.reasoner_paths` prints, for texts of several lengths, how far apart predictions and gradients
+`softrl bench reasoner` prints, for texts of several lengths, how far apart predictions and gradients
 of the two ways are, and the processor's seconds of a training pass each. Left out: thoughts, which branch off a text
 (`softrl bench thoughts`).
 """
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,20 +62,20 @@ def _timed(
     return log_probs.detach(), gradients, statistics.median(seconds)
 
 
-def main() -> None:
-    """Print a row for every length."""
-    parser = argparse.ArgumentParser(prog="python -m softrl.studies.reasoner_paths", description=__doc__)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[16, 32, 64, 128], help="T (16 32 64 128)")
+def run(lengths: Sequence[int]) -> None:
+    """Print a row for every T.
+
+    Raises:
+        ValueError: a text of fewer than two tokens, which has nothing to predict.
+    """
+    if least := [length for length in lengths if length < 2]:
+        raise ValueError(f"lengths must be at least 2, so that there is a token to predict, got {least[0]}")
     titles = ("largest difference", "of gradients", "one pass, s", "by prefix, s", "ratio")
     print("{:>5} {:>19} {:>13} {:>12} {:>13} {:>6}".format("T", *titles))
-    for num_tokens in parser.parse_args().lengths:
+    for num_tokens in lengths:
         found = measure(num_tokens)
         print(
             f"{num_tokens:>5} {found.difference:>19.1e} {found.gradient_difference:>13.1e} "
             f"{found.fast_seconds:>12.3f} {found.slow_seconds:>13.3f} {found.slow_seconds / found.fast_seconds:>6.1f}",
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    main()

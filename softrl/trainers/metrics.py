@@ -37,6 +37,15 @@ def named_metrics(values: dict[str, Tensor], num_samples: int) -> dict[str, floa
     return metrics
 
 
+def check_counted(num_tokens: int, num_texts: int) -> None:
+    """Raise ValueError where held-out texts have no token to measure."""
+    if not num_tokens:
+        raise ValueError(
+            f"none of the {num_texts} texts of eval_dataset has a token that counts behind another one, so there is "
+            "nothing to measure; pass other texts, or another completion_mask"
+        )
+
+
 def sample_std(values: Tensor) -> float:
     """Standard deviation with Bessel's correction, as TRL logs it; 0 for a single number."""
     return values.std().item() if len(values) > 1 else 0.0

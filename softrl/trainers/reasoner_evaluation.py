@@ -7,6 +7,7 @@ from torch import Tensor
 
 from softrl.models.reasoner import ReasonerForCausalLM, ReasonerOutput
 from softrl.models.reasoner_parts import log_mean_exp
+from softrl.trainers.metrics import check_counted
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,7 @@ def summary(texts: list[ReasonedText], model: ReasonerForCausalLM) -> dict[str, 
         ValueError: no token of any text counts.
     """
     count = sum(text.num_tokens for text in texts)
-    if not count:
-        raise ValueError(
-            f"none of the {len(texts)} texts of eval_dataset has a token that counts behind another one, so there is "
-            "nothing to measure; pass other texts, or another completion_mask"
-        )
+    check_counted(count, len(texts))
     names = texts[0].sums
     means = {name: sum(text.sums[name] for text in texts) / count for name in names}
     if "hits" in means:

@@ -19,6 +19,7 @@ from softrl.contexts.soft_ar import NO_MEMORY, SoftARForCausalLM
 from softrl.models.policy import evaluating
 from softrl.objectives.embedding_regression import embedding_spread
 from softrl.objectives.soft_ar import SoftARObjective, text_hidden, token_scores
+from softrl.trainers.metrics import check_counted
 from softrl.types import Texts
 
 OWN, TRUNCATED, PERMUTED, SOFT = "", "_truncated", "_permuted", "_soft"  # behind a metric's name
@@ -84,7 +85,11 @@ def summary(texts: list[ReadText], model: SoftARForCausalLM, beyond_tokens: int)
     """Means over tokens, in nats: all, those `_beyond` so many tokens, and by window; what memory gains there.
 
     Without slots there is one way to read a text; its numbers then stand under all names, so that tables compare.
+
+    Raises:
+        ValueError: no token of any text counts.
     """
+    check_counted(sum(len(text.window) for text in texts), len(texts))
     values = {}
     window, read = _joined([text.window for text in texts]), _joined([text.read for text in texts])
     beyond = read > beyond_tokens

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from softrl.cli.bench import main
 from softrl.models.reasoner import ReasonerForCausalLM
 from softrl.models.reasoner_config import ReasonerConfig
 from softrl.studies import reasoner_paths
@@ -22,9 +23,10 @@ def test_both_ways_agree_and_the_slow_one_reads_every_prefix(monkeypatch, capsys
     assert found.difference < 1e-12
     assert found.gradient_difference < 1e-12
     assert found.slow_seconds > 0.0
-    monkeypatch.setattr("sys.argv", ["paths", "--lengths", "4"])
-    reasoner_paths.main()
+    assert main(["reasoner", "--lengths", "4"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[0] == "4"
+    assert main(["reasoner", "--lengths", "1"]) == 1
+    assert "lengths must be at least 2" in capsys.readouterr().err
 
 
 def test_a_pass_that_looked_ahead_would_be_noticed(monkeypatch):

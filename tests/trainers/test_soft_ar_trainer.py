@@ -92,6 +92,12 @@ def test_tokens_that_do_not_count_are_read_and_not_predicted(tmp_path):
     assert logs_of(made, "nll") == pytest.approx([expected.mean().item()])
 
 
+def test_texts_of_which_nothing_counts_cannot_be_measured(tmp_path):
+    rows = texts(3, length=9).add_column("completion_mask", [[1] + [0] * 8] * 3)
+    with pytest.raises(ValueError, match=r"none of the 3 texts of eval_dataset has a token that counts"):
+        trainer(tmp_path, evaluation=rows).evaluate()
+
+
 def test_an_evaluation_by_hand(tmp_path):
     """Two texts, so that each gets the other's memory."""
     rows = texts(2, seed=3, length=14)
