@@ -1,12 +1,12 @@
 """`softrl study basis-aware`: where basis-aware truncation is sound, what it costs, and what it accepts and writes.
 
-Parts, in their order, with minutes on one idle core (from processor time; beside other work up to four times that):
+Parts, in their order, with minutes (scaling and cost measured on two cores, the others from processor time of one):
 
 | part | what is measured | minutes |
 |---|---|---|
 | tiny | a model whose true distributions are known: accepted and false tokens, nestedness | 1 |
-| scaling | seconds a verdict against V and k, ours and HiGHS | 4 |
-| cost | SmolLM2: seconds a drawn token by k; verdicts and seconds beside HiGHS | 8 |
+| scaling | seconds a verdict against V and k, ours and HiGHS | 1.3 |
+| cost | SmolLM2: seconds a drawn token by k; verdicts and seconds beside HiGHS | 4.9 |
 | rules | behind human text: BA-η beside η and top-p at equal entropy; examples | 3 |
 | samples | texts written under these rules: quality and diversity | 10 |
 
