@@ -182,8 +182,10 @@ def compare_program(rule: BasisAware, logits: Float[Tensor, "V"], token: int, ti
     probs, tau = programs.probs[0].cpu().numpy(), float(programs.tau[0])
     threshold, highs = highs_seconds(programs, token, time_limit_seconds)
     y = found.certificate[0, 0].cpu().numpy()
+    cannot_move = None if programs.excluded is None else programs.excluded[0].mT.cpu().numpy()
+    columns = programs.directions.cpu().numpy()
     return Program(
         float(probs[token]), tau, float(exact.upper[0, 0]), threshold, bool(found.accepted[0, 0]),
-        bool(threshold < probs[token]), certified_threshold(programs.directions.cpu().numpy(), probs, token, tau, y),
+        bool(threshold < probs[token]), certified_threshold(columns, probs, token, tau, y, cannot_move),
         seconds, highs,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import V, gemma3, gpt2, gru, llama
@@ -116,6 +117,29 @@ def test_before_the_norm_accepts_no_more_than_all_of_w():
     assert (deep | ~of_few).all()
     assert (logits.softmax(-1) <= 0.2)[of_few].any()
     assert of_few.sum() < deep.sum() < of_w.sum()
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@torch.no_grad()
+def test_certificates_before_a_norm_cannot_use_what_a_normalised_state_lacks(make):
+    """Over the columns of W diag(w), by the independent checker, ĥ computed from the state and not from logits."""
+    policy = Policy(make(tied=False))
+    weight = policy.causal_lm.get_output_embeddings().weight.detach()
+    norm = find_final_norm(policy)
+    rule = basis_aware(policy, 0.2, "tau", 12, max_candidates=None)
+    normalised = norm.normalised(3.0 * _drawn(20, weight.shape[1], seed=6))
+    bias = 0.0 if norm.bias is None else norm.bias
+    logits = (weight @ (normalised * norm.weight + bias).T).T
+    found = rule.verdicts(logits, torch.arange(len(weight)).expand(20, -1))
+    probs, columns = logits.softmax(-1).numpy(), (weight * norm.weight).numpy()
+    num_proved = 0
+    for row, token in torch.nonzero(found.accepted & (logits.softmax(-1) <= 0.2)).tolist():
+        y = rule.directions.lifted(found.certificate[row, token]).numpy()
+        fixed = np.stack([normalised[row].numpy(), np.ones(weight.shape[1])])[: 1 + norm.centres]
+        assert proves(columns, probs[row], token, 0.2, y, orthogonal_to=fixed)
+        assert not proves(columns, probs[row], token, 0.2, y + 1e-3 * np.append(normalised[row].numpy(), 0.0), fixed)
+        num_proved += 1
+    assert num_proved >= 5
 
 
 def test_models_that_the_theorem_is_not_about():
