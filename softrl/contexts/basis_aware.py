@@ -23,6 +23,11 @@ from softrl.contexts.final_norm import last_module, norm_of
 from softrl.models.policy import Policy
 
 
+def eta_threshold(entropy_nats: Float[Tensor, "*batch"], epsilon: float) -> Float[Tensor, "*batch"]:
+    """`min(ε, √ε e^{−H})`. Source: Hewitt et al. (2022), arXiv:2210.15191."""
+    return (epsilon**0.5 * torch.exp(-entropy_nats)).clamp(max=epsilon)
+
+
 @dataclass
 class Counts:
     """What the truncation has done so far.
@@ -87,8 +92,7 @@ class BasisAware:
         """τ of each context."""
         if self.rule == "tau":
             return torch.full_like(probs[:, 0], self.epsilon)
-        entropy = torch.special.entr(probs).sum(-1)
-        return (self.epsilon**0.5 * torch.exp(-entropy)).clamp(max=self.epsilon)
+        return eta_threshold(torch.special.entr(probs).sum(-1), self.epsilon)
 
     def verdicts(
         self, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "N C"], is_asked: Bool[Tensor, "N C"] | None = None

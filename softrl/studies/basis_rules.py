@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from softrl.contexts.basis_aware import BasisAware
+from softrl.contexts.basis_aware import BasisAware, eta_threshold
 from softrl.contexts.basis_certificate import certified_threshold
 from softrl.tokens.truncation import Truncation, nucleus
 
@@ -54,15 +54,11 @@ def top_p_mask(logits: Float[Tensor, "M V"], top_p: float) -> Bool[Tensor, "M V"
     return torch.cat([nucleus(piece, Truncation(1, top_p=top_p)) for piece in logits.split(_ROWS)])
 
 
-def eta_tau(probs: Float[Tensor, "M V"], epsilon: float) -> Float[Tensor, "M"]:
-    """`min(ε, √ε e^{−H})`. Source: Hewitt et al. (2022), arXiv:2210.15191."""
-    return (epsilon**0.5 * torch.exp(-torch.special.entr(probs).sum(-1))).clamp(max=epsilon)
-
-
 def eta_mask(logits: Float[Tensor, "M V"], epsilon: float) -> Bool[Tensor, "M V"]:
     """Plain η-sampling: `p̂_i > min(ε, √ε e^{−H})`, and the likeliest token."""
     probs = logits.softmax(-1)
-    return (probs > eta_tau(probs, epsilon)[:, None]) | (probs == probs.amax(-1, keepdim=True))
+    tau = eta_threshold(torch.special.entr(probs).sum(-1), epsilon)
+    return (probs > tau[:, None]) | (probs == probs.amax(-1, keepdim=True))
 
 
 def mean_entropy(logits: Float[Tensor, "M V"], weights: Tensor) -> float:
@@ -111,7 +107,7 @@ class Prefixes:
 
     def eta(self, epsilon: float) -> Int[Tensor, "M"]:
         """How many tokens η-sampling keeps."""
-        tau = (epsilon**0.5 * torch.exp(-self.entropy_nats[:, -1])).clamp(max=epsilon)
+        tau = eta_threshold(self.entropy_nats[:, -1], epsilon)
         return (self.probs > tau[:, None]).sum(-1).clamp(min=1)
 
     def mean_entropy(self, counts: Int[Tensor, "M"]) -> float:
@@ -337,5 +333,6 @@ def _example(
     return Example(
         tokenizer.decode(contexts.tail(context, 16)), tokenizer.decode([token]),
         tokenizer.decode([int(contexts.true_tokens[context])]), float(probs[token]), tau, bound,
-        float(eta_tau(probs[None], found.epsilon)), int(likelier.sum()) + 1, float(probs[likelier].sum()),
+        float(eta_threshold(torch.special.entr(probs).sum(), found.epsilon)), int(likelier.sum()) + 1,
+        float(probs[likelier].sum()),
     )  # fmt: skip
