@@ -52,7 +52,7 @@ class Counts:
         """For people."""
         return (
             f"{self.contexts} distributions; {self.asked} tokens below tau asked about, {self.accepted} of them "
-            f"accepted, {self.failed} without a verdict; {self.greedy} times none was, and the likeliest taken"
+            f"accepted, {self.failed} without a verdict; {self.greedy} fallbacks to the likeliest token"
         )
 
 
