@@ -68,7 +68,7 @@ def _add_soft_decoding(decoding: argparse.ArgumentParser) -> None:
 
 
 def _add_basis(basis: argparse.ArgumentParser) -> None:
-    basis.add_argument("--parts", nargs="+", help="of tiny, scaling, cost, rules, samples (all, some 25 minutes)")
+    basis.add_argument("--parts", nargs="+", help="of tiny, scaling, cost, rules, samples (all, some 20 minutes)")
     basis.add_argument("--model", help="model name or folder (smollm2-135m)")
     basis.add_argument("--epsilon", type=float, help="of eta-sampling's threshold (0.003)")
     basis.add_argument("--rule", help="tau or eta (eta)")
