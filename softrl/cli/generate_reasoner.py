@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from softrl.models.reasoner import ReasonerForCausalLM
+from softrl.types import Prompts
 
 _SOFT = ("thinking", "collapse", "basis_aware", "basis_aware_rule", "basis_aware_directions", "basis_aware_candidates")
 
@@ -46,12 +47,16 @@ def write_hard(given: argparse.Namespace, model: ReasonerForCausalLM, tokenizer:
     from softrl.cli.generate import opened
 
     settings = hard_settings(given)
+    rows = [_read(prompt, index, model, tokenizer) for index, prompt in enumerate(prompts)]
+    _check_lengths(given, model, rows)
     alone = len(prompts) * given.num_samples == 1
     with opened(given.output_file) as file:
-        for index, prompt in enumerate(prompts):
+        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             if not alone and not sys.stderr.isatty():
                 print(f"prompt {index + 1} of {len(prompts)} ...", file=sys.stderr, flush=True)
-            for sample, (tokens, text) in enumerate(_written(given, model, tokenizer, prompt, index, settings, alone)):
+            for sample, (tokens, text) in enumerate(
+                _written(given, model, tokenizer, prompt, index, row, settings, alone)
+            ):
                 _show(prompt, text, alone, given)
                 if file is not None:
                     line = {"prompt": prompt, "index": index, "sample": sample, "seed": given.seed, "text": text}
@@ -60,12 +65,30 @@ def write_hard(given: argparse.Namespace, model: ReasonerForCausalLM, tokenizer:
     return 0
 
 
+def _read(prompt: Any, index: int, model: ReasonerForCausalLM, tokenizer: Any) -> Prompts:
+    from softrl.trainers.batches import INDEX_COLUMN, prompt_batch
+
+    return prompt_batch([{"prompt": prompt, INDEX_COLUMN: index}], tokenizer, 1, None, model.device).prompts
+
+
+def _check_lengths(given: argparse.Namespace, model: ReasonerForCausalLM, rows: list[Prompts]) -> None:
+    """Before any text is written; the last token of a text is never read."""
+    longest = max(row.ids.shape[1] for row in rows)
+    if model.max_text_tokens is not None and longest + given.max_new_tokens - 1 > model.max_text_tokens:
+        raise ValueError(
+            f"--max_new_tokens {given.max_new_tokens} after a prompt of {longest} tokens is more than this "
+            f"transformer reads: {model.max_text_tokens} tokens beside a thought; give at most "
+            f"{max(model.max_text_tokens - longest + 1, 0)}, or a shorter prompt"
+        )
+
+
 def _written(
     given: argparse.Namespace,
     model: ReasonerForCausalLM,
     tokenizer: Any,
     prompt: Any,
     index: int,
+    made: Prompts,
     settings: dict[str, Any],
     alone: bool,
 ) -> list[tuple[list[int], str]]:
@@ -73,10 +96,8 @@ def _written(
     from transformers import TextStreamer
 
     from softrl.tokens.noise import sequence_seed
-    from softrl.trainers.batches import INDEX_COLUMN, prompt_batch
     from softrl.trainers.loading import eos_token_ids
 
-    made = prompt_batch([{"prompt": prompt, INDEX_COLUMN: index}], tokenizer, 1, None, model.device).prompts
     seed, eos = sequence_seed(given.seed, index), list(eos_token_ids(model, tokenizer))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
     streamer = None
@@ -86,8 +107,9 @@ def _written(
         torch.manual_seed(seed)
         ids = model.generate(
             made.ids, attention_mask=made.mask.long(), max_new_tokens=given.max_new_tokens, seed=seed,
-            num_return_sequences=given.num_samples, pad_token_id=pad, eos_token_id=eos or None, streamer=streamer,
-            stop_strings=given.stop, tokenizer=tokenizer if given.stop else None, **settings,
+            row_ids=list(range(given.num_samples)), num_return_sequences=given.num_samples, pad_token_id=pad,
+            eos_token_id=eos or None, streamer=streamer, stop_strings=given.stop,
+            tokenizer=tokenizer if given.stop else None, **settings,
         )  # fmt: skip
     rows = [_until_end(row, eos) for row in ids[:, made.ids.shape[1] :].tolist()]
     return [(row, tokenizer.decode(row, skip_special_tokens=True)) for row in rows]

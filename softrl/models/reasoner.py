@@ -20,20 +20,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from softrl.models.branches import read_texts
 from softrl.models.heads import ValueHead
 from softrl.models.latents import CodebookLatent, make_latent
 from softrl.models.policy import Policy
 from softrl.models.reasoner_config import ReasonerConfig
+from softrl.models.reasoner_output import ReasonerOutput, scored
 from softrl.models.reasoner_parts import ReaderCore, lm_head, log_mean_exp, projection
 from softrl.models.state import positions
 from softrl.models.text_state import TextState
 from softrl.models.thinking import MixingHead
 from softrl.tokens.noise import SequenceRandom, sequence_seed
-
-IGNORED = -100  # a label that is no target, as everywhere in transformers
 
 
 @dataclass(frozen=True)
@@ -59,43 +57,6 @@ class LatentThoughts:
     outputs: Float[Tensor, "N T S n P"]
     log_probs: Float[Tensor, "N T S n"]
     entropy: Float[Tensor, "N T S n"]
-
-
-@dataclass
-class ReasonerOutput(ModelOutput):
-    """What a forward pass gives; log-probabilities in nats, of the next token at every position.
-
-    Attributes:
-        loss: mean of −log p(label), p the mean over thoughts; None without labels.
-        logits: [N, T, V] log p of the mixture, averaged over S thoughts in probability; None where not asked for.
-        talk_log_probs: [N, T, S, V] log p_mixed(y | h, x) after each thought.
-        base_log_probs: [N, T, V] of the base LM; None without one.
-        interpreter_log_probs: [N, T, S, V].
-        mixing: [N, T, S] the weight w of the interpreter; None without a base LM.
-        rewards: [N, T, S] log p_mixed of the label after each thought, with its graph; 0 where there is none.
-        targets, is_target: [N, T] the next token, and where there is one that counts.
-        thought_log_probs: [N, T, S] log π(h | x), summed over latents; zeros without latents.
-        thought_entropy: [N, T, S] sum of the latents' conditional entropies.
-        thought_values, thought_embeds: see `LatentThoughts`; None where the model has no reasoner.
-        context: [N, T, D] state of the base reasoner that thoughts start from.
-        log_z: [N, T] learned log Z of the thoughts.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    talk_log_probs: Tensor | None = None
-    base_log_probs: Tensor | None = None
-    interpreter_log_probs: Tensor | None = None
-    mixing: Tensor | None = None
-    rewards: Tensor | None = None
-    targets: Tensor | None = None
-    is_target: Tensor | None = None
-    thought_log_probs: Tensor | None = None
-    thought_entropy: Tensor | None = None
-    thought_values: Tensor | None = None
-    thought_embeds: Tensor | None = None
-    context: Tensor | None = None
-    log_z: Tensor | None = None
 
 
 class ReasonerPreTrainedModel(PreTrainedModel):
@@ -154,6 +115,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
             self.log_z = ValueHead(width) if config.learns_log_z else None
         self.post_init()
         self._zero_heads()
+        self._drop_unread_embeddings()
 
     @torch.no_grad()
     def _zero_heads(self) -> None:
@@ -164,6 +126,18 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         for head in heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+
+    def _drop_unread_embeddings(self) -> None:
+        """Those of a reasoner that shares with nobody: it is fed `start` and latents alone.
+
+        After weights have been drawn, so that what the other modules begin with is the same with and without them.
+        """
+        letter = self.config.group_of("reasoner")
+        if self.config.use_reasoner and all(
+            self.config.group_of(name) != letter for name in self.config.modules if name != "reasoner"
+        ):
+            core: Any = self.cores[letter]
+            core.decoder.set_input_embeddings(None)
 
     def get_input_embeddings(self) -> nn.Module:
         """The interpreter's token embeddings: every model has one."""
@@ -207,15 +181,19 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         return ReadTexts(hidden, states, positions(mask.bool()))
 
     def _check_length(self, mask: Tensor) -> None:
-        config = self.config
         longest = int(mask.sum(-1).max()) if mask.numel() else 0
-        thought = config.n_thought if config.use_reasoner else 0
-        if config.core == "transformer" and longest + thought > config.max_position_embeddings:
+        if self.max_text_tokens is not None and longest > self.max_text_tokens:
             raise ValueError(
-                f"a text of {longest} tokens with a thought of {thought} is longer than max_position_embeddings="
-                f"{config.max_position_embeddings} of this transformer; shorten the texts (max_length), or make a "
-                "model for longer ones (block_length_tokens)"
+                f"a text of {longest} tokens is longer than the {self.max_text_tokens} that max_position_embeddings="
+                f"{self.config.max_position_embeddings} of this transformer leaves beside a thought; shorten the "
+                "texts (max_length), or make a model for longer ones (block_length_tokens)"
             )
+
+    @property
+    def max_text_tokens(self) -> int | None:
+        """Tokens of the longest text that can be read and thought about; None for a GRU, which reads any."""
+        thought = self.config.n_thought if self.config.use_reasoner else 0
+        return self.config.max_position_embeddings - thought if self.config.core == "transformer" else None
 
     def uniforms(
         self, where: Int[Tensor, "N T"], num_thoughts: int, seed: int, row_ids: list[int]
@@ -355,7 +333,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         if with_logits:
             found["logits"] = log_mean_exp(talk, 2)
         if labels is not None:
-            found |= _scored(talk, labels, attention_mask)
+            found |= scored(talk, labels, attention_mask)
         return ReasonerOutput(**found)
 
     def _drawn(self, texts: ReadTexts, count: int, seed: int | None, row_ids: list[int] | None) -> Tensor:
@@ -382,35 +360,24 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         seed: int | None = 0,
         num_thoughts: int | None = None,
+        row_ids: list[int] | None = None,
         **ignored: Any,
     ) -> dict[str, Any]:
         """The whole text again for every token: nothing is cached between calls.
 
         Args:
             seed: of the thoughts, `generate(..., seed=...)`, the same at every step: what was thought of a token does
-                not change as the text goes on, and the likeliest text is always the same.
+                not change as the text goes on.
             num_thoughts: S; None for the configuration's.
+            row_ids: see `forward`, `generate(..., row_ids=[...])`: one for every row, samples of a prompt beside each
+                other. None for the same in all rows, so that the likeliest text of a prompt does not hang on the rows
+                around it, and beams are compared by the same thoughts.
             ignored: what `generate` passes.
         """
         return {
             "input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "num_thoughts": num_thoughts,
+            "row_ids": [0] * len(input_ids) if row_ids is None else row_ids,
         }  # fmt: skip
-
-
-def _scored(
-    talk: Float[Tensor, "N T S V"], labels: Int[Tensor, "N T"], attention_mask: Tensor | None
-) -> dict[str, Tensor]:
-    """Rewards of thoughts and the loss, of labels that are shifted here."""
-    following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
-    is_target = following != IGNORED
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        is_target[:, :-1] &= real[:, 1:] & real[:, :-1]
-    targets = following.masked_fill(~is_target, 0)
-    at_label = targets[:, :, None, None].expand(-1, -1, talk.shape[2], 1)
-    rewards = talk.gather(-1, at_label).squeeze(-1).masked_fill(~is_target[..., None], 0.0)
-    loss = -log_mean_exp(rewards, 2)[is_target].sum() / is_target.sum().clamp(min=1)
-    return {"loss": loss, "rewards": rewards, "targets": targets, "is_target": is_target}
 
 
 # So that transformers' Auto classes load what was saved; whoever loads by them imports this module.

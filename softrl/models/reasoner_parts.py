@@ -36,8 +36,8 @@ class ReaderCore(nn.Module):
         return self.decoder.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """A head `Policy` asks for and nobody calls: heads belong to the whole model."""
-        return self.decoder.get_input_embeddings()
+        """What `Policy` asks for and nobody calls: heads belong to the whole model."""
+        return self.decoder
 
 
 def gru(config: ReasonerConfig, width: int) -> GRUModel:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softrl.models.reasoner import ReasonerForCausalLM, ReasonerOutput
+from softrl.models.reasoner import ReasonerForCausalLM
+from softrl.models.reasoner_output import ReasonerOutput
 from softrl.models.reasoner_parts import log_mean_exp
 from softrl.trainers.metrics import check_counted
 

@@ -17,7 +17,8 @@ from softrl.data.texts import INDEX_COLUMN
 from softrl.estimators.latent_objective import LatentExtras, latent_loss
 from softrl.estimators.latent_thoughts import searched_thoughts
 from softrl.models.policy import evaluating
-from softrl.models.reasoner import IGNORED, LatentThoughts, ReasonerForCausalLM, ReasonerOutput
+from softrl.models.reasoner import LatentThoughts, ReasonerForCausalLM
+from softrl.models.reasoner_output import IGNORED, ReasonerOutput
 from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.trainers.loading import load_model, model_name
 from softrl.trainers.plain_text_trainer import PlainTextTrainer

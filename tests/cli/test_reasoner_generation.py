@@ -42,7 +42,8 @@ def written(prompt, index, count=1, seed=0, **settings):
     model, key = made(), sequence_seed(seed, index)
     torch.manual_seed(key)
     rows = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, seed=key, num_return_sequences=count, **settings
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, seed=key, row_ids=list(range(count)),
+        num_return_sequences=count, **settings,
     )[:, ids.shape[1] :].tolist()  # fmt: skip
     eos = TOKENIZER.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
@@ -98,6 +99,21 @@ def test_draws_have_transformers_settings_and_are_kept(folder, tmp_path, capsys)
 def test_what_is_not_for_it_is_refused(folder, capsys, words, message):
     assert main(["--model", folder, "--prompt", "w4", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_texts_longer_than_a_transformer_reads_are_refused_before_any_is_written(tmp_path, capsys):
+    config = ReasonerConfig(vocab_size=V, core="transformer", max_position_embeddings=10, n_thought=2, pad_token_id=2)
+    ReasonerForCausalLM(config).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), *GIVEN, "--output_file", str(tmp_path / "out.jsonl")]
+    assert main([*given, "--max_new_tokens", "7"]) == 2
+    said = capsys.readouterr()
+    assert "--max_new_tokens 7 after a prompt of 3 tokens" in said.err
+    assert "give at most 6" in said.err
+    assert said.out == ""
+    assert not (tmp_path / "out.jsonl").exists()
+    assert main([*given, "--max_new_tokens", "6"]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
 def test_it_has_nothing_to_inspect(folder, capsys):

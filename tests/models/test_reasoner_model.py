@@ -30,11 +30,12 @@ def test_mixing_begins_in_the_middle():
 @pytest.mark.parametrize("groups", WEIGHT_GROUPS)
 def test_what_is_shared_is_counted_and_kept_once(groups, tmp_path):
     model = reasoner(weight_groups=groups, n_thought=1).to(torch.float32)
-    core = V * 8 + 2 * (24 * 8 + 24)
+    core = 2 * (24 * 8 + 24)
     heads, mixing = 2 * (8 * V + V), (16 * 6 + 6) + (6 * 6 + 6) + 7
     thinking = 8 * 8 + (8 * 8 + 8) + 8  # codebook, latent head, start
-    assert model.num_parameters() == len(set(groups)) * core + heads + mixing + thinking
-    assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - len(set(groups)) * V * 8
+    embeddings = len({groups[0], groups[1], groups[3]}) * V * 8  # the reasoner reads no text
+    assert model.num_parameters() == len(set(groups)) * core + embeddings + heads + mixing + thinking
+    assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - embeddings
     policies = [model._policy(name).decoder for name in ("base_lm", "base_reasoner", "reasoner", "interpreter")]
     for first, second in itertools.combinations(range(4), 2):
         assert (policies[first] is policies[second]) == (groups[first] == groups[second])
@@ -45,6 +46,15 @@ def test_what_is_shared_is_counted_and_kept_once(groups, tmp_path):
     assert loaded.config.weight_groups == groups
     ids = texts()
     assert torch.equal(loaded(ids, seed=1).logits, model(ids, seed=1).logits)
+
+
+@pytest.mark.parametrize("core", ["gru", "transformer"])
+@pytest.mark.parametrize("groups", WEIGHT_GROUPS)
+def test_every_parameter_is_used(groups, core):
+    model, ids = reasoner(weight_groups=groups, core=core, n_thought=2, learns_log_z=True), texts()
+    out = model(ids, seed=1)
+    (out.logits.square().sum() + out.thought_log_probs.sum() + out.log_z.sum()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 def test_a_transformer_and_every_setting_survive_saving(tmp_path):
@@ -82,11 +92,26 @@ def test_what_it_writes_is_said_by_a_seed(kind):
     for given, seed, count in (({}, 0, None), ({"seed": 4}, 4, None), ({"seed": 4, "num_thoughts": 5}, 4, 5)):
         expected = ids
         for _ in range(8):
-            logits = model(expected, seed=seed, num_thoughts=count).logits[:, -1]
+            logits = model(expected, seed=seed, num_thoughts=count, row_ids=[0, 0]).logits[:, -1]
             expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
         assert torch.equal(model.generate(ids, **settings, **given), expected)
     written = {tuple(model.generate(ids, **settings, seed=seed).flatten().tolist()) for seed in range(6)}
     assert len(written) > 1
+
+
+def test_the_likeliest_text_does_not_hang_on_the_rows_around_it():
+    model, ids = reasoner(), texts(3, 3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("mixing"):
+                parameter.mul_(2.0)
+    settings = {"max_new_tokens": 8, "pad_token_id": 0}
+    for search in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
+        alone = [model.generate(row[None], **settings, **search) for row in ids]
+        assert torch.equal(model.generate(ids, **settings, **search), torch.cat(alone))
+    keyed = model.generate(ids[:1].expand(3, -1), do_sample=False, row_ids=[0, 1, 0], **settings)
+    assert torch.equal(keyed[0], keyed[2])
+    assert not torch.equal(keyed[0], keyed[1])
 
 
 # What is refused.
@@ -104,7 +129,9 @@ def test_bad_requests_are_named():
     assert small(ids).logits.shape == (2, 5, V)
     padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), ids], 1)
     assert small(padded, torch.tensor([[0] * 4 + [1] * 5] * 2)).logits.shape == (2, 9, V), "padding has no position"
-    with pytest.raises(ValueError, match=r"6 tokens with a thought of 2 is longer than max_position_embeddings=7"):
+    with pytest.raises(
+        ValueError, match=r"6 tokens is longer than the 5 that max_position_embeddings=7 .* leaves beside a thought"
+    ):
         small(texts(2, 6))
     with pytest.raises(ValueError, match="no reparameterised sample"):
         model(ids, reparameterised=True)
