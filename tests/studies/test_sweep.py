@@ -263,6 +263,8 @@ def test_a_folder_of_before_words_were_numbers_goes_on(tmp_path):
     assert called == [{"a": 0}, {"a": "1e4"}, {"a": 3}]
     assert [trial.values["a"] for trial in trials] == [0, 10000.0, 3]
     assert isinstance(trials[1].values["a"], float)
+    sweep(Search((Axis.parsed("a=0,'1e4'"),), "m", fixed=search.fixed), run, tmp_path)
+    assert len(called) == 3
     again = finished(Search((Axis.parsed("a=0.0,10000"),), "m", fixed=search.fixed), tmp_path)
     assert [repr(trial.values["a"]) for trial in again] == ["0.0", "10000", "3"]
     with pytest.raises(ValueError, match="holds a sweep with"):
