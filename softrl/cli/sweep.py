@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def _run(given: argparse.Namespace, command: str) -> int:
     from softrl.studies.sweep import best, finished, sweep
     from softrl.studies.sweep_launch import Processes
     from softrl.studies.sweep_recipes import is_variance_recipe
+    from softrl.studies.sweep_record import source_of
     from softrl.studies.sweep_report import FILES, write_report
 
     question = _question(given, find_recipe(given.config))
@@ -88,12 +90,11 @@ def _run(given: argparse.Namespace, command: str) -> int:
     if given.only_report:
         trials = finished(search, folder)
     else:
-        if is_variance_recipe(recipe):
-            launch: Any = _variance_launcher(given, recipe, search, folder)
-        else:
-            launch = _train_launcher(given, recipe, search, folder)
-            sweep_trial.prepare(recipe, question.prepare, folder.resolve(), Processes(1, given.threads))
-        trials = sweep(search, launch, folder)
+        of_variance = is_variance_recipe(recipe)
+        models = {} if of_variance else question.prepare
+        launch: Any = (_variance_launcher if of_variance else _train_launcher)(given, recipe, search, folder)
+        prepare = partial(sweep_trial.prepare, recipe, models, folder.resolve(), Processes(1, given.threads))
+        trials = sweep(search, launch, folder, source_of(recipe, models, search.set_by_all()), prepare)
     write_report(question, search, trials, folder, command)
     _print_table(question, search, trials)
     failed = sum(trial.metric is None for trial in trials)
@@ -152,7 +153,7 @@ def _train_launcher(given: argparse.Namespace, recipe: Path, search: "Search", f
     from softrl.cli import sweep_trial
     from softrl.studies.sweep_launch import Jobs, Processes, Threads, parsed_options
 
-    every = _every_trial(search)
+    every = search.every()
     first_of_arm = {values.get("arm"): values for values in reversed(every)}
     for values in first_of_arm.values():
         sweep_trial.check_keys(recipe, search.given(values))
@@ -180,13 +181,6 @@ def _train_launcher(given: argparse.Namespace, recipe: Path, search: "Search", f
 
 
 _WEEK = {"timeout_min": 7 * 24 * 60}  # submitit's own default is two minutes
-
-
-def _every_trial(search: "Search") -> "list[dict[str, Any]]":
-    """Of a random search, whatever it may draw."""
-    from dataclasses import replace
-
-    return replace(search, sampler="grid", trials=None).grid()
 
 
 def _print_table(question: "Question", search: "Search", trials: "Sequence[Trial]") -> None:

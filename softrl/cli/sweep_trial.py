@@ -55,22 +55,39 @@ def prepare(recipe: Path, models: Mapping[str, Values], folder: Path, processes:
     """Train what trials start from or are scored by, each in a folder of its own; what has been made is kept.
 
     Raises:
-        ValueError: a run failed.
+        ValueError: a run failed, or what has been made, or begun, is of other keys.
     """
+    from softrl.studies.sweep_record import keys_of_model
+
     for name, keys in models.items():
         where = folder / "prepared" / name
         where.mkdir(parents=True, exist_ok=True)
-        if (where / _MADE).is_file():
+        if _is_made(where, keys_of_model(recipe, keys)):
             continue
         print(f"{PROG}: making {where} first", flush=True)
         words = [*words_of(recipe, keys), "--output_dir", str(where), *resuming(where)]
         if (status := processes.run([sys.executable, "-c", _MAKE, *words], where / "log.txt")) != 0:
             raise ValueError(f"{where} was not made, status {status}; see {where / 'log.txt'}: {_last_line(where)}")
-        (where / _MADE).touch()
+        (where / _MAKING).replace(where / _MADE)
+
+
+def _is_made(where: Path, keys: Values) -> bool:
+    """Compare with the keys that were written before; those of a marker from before there were any are not known."""
+    from softrl.studies.sweep_values import differences, in_words
+
+    made = (where / _MADE).is_file()
+    marker = where / (_MADE if made else _MAKING)
+    text = marker.read_text(encoding="utf-8") if marker.is_file() else ""
+    if text and (made or resuming(where)) and (changed := differences(json.loads(text), keys)):
+        raise ValueError(
+            f"{where} is of other keys than this recipe's ({in_words(changed)}); choose another --output_dir"
+        )
+    _write(keys, marker)
+    return made
 
 
 _MAKE = "import sys; from softrl.cli.train import main; sys.exit(main(sys.argv[1:]))"
-_MADE = "made"
+_MADE, _MAKING = "made", "making"  # hold the keys, one once it is finished, the other from the beginning
 
 
 def with_prepared(given: Values, folder: Path) -> Values:

@@ -10,14 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from softrl.studies.sweep_launch import Here, Job, Launcher, TrialError, Values
+from softrl.studies.sweep_record import Source, continued
+from softrl.studies.sweep_values import comparable, is_number, read_values
 
 SAMPLERS = ("grid", "random", "tpe")
 ARM, SEED = "arm", "seed"  # keys of a trial's values: the arm's label, and what results are averaged over
@@ -33,7 +34,7 @@ class Axis:
 
     @classmethod
     def parsed(cls, text: str, option: str = "--grid") -> "Axis":
-        """From `key=value,value`; values are read as YAML would.
+        """From `key=value,value`; values are read as YAML would, and `1e4` as a number.
 
         Raises:
             ValueError: no `=`, no value, one that is neither number, word, bool nor null, or one that comes twice.
@@ -41,7 +42,7 @@ class Axis:
         key, found, values = text.partition("=")
         if not found or not key or not values:
             raise ValueError(f"{option} {text!r}: expected key=value,value,...")
-        return cls.of(key.strip(), [yaml.safe_load(value) for value in values.split(",")], f"{option} {text!r}")
+        return cls.of(key.strip(), [read_values(value) for value in values.split(",")], f"{option} {text!r}")
 
     @classmethod
     def of(cls, key: str, values: Sequence[Any], where: str) -> "Axis":
@@ -85,10 +86,11 @@ class Search:
         arms: each is crossed with the axes; none is one arm without a label.
         fixed: keys that all trials set alike.
         only_arms: labels of those to run; None for all.
-        together: keys that take their value from one that stands for all of them.
+        together: keys that take their value from one that stands for all of them; where that is null they may have
+            their own.
     Raises:
-        ValueError: an unknown sampler or arm, a key or a label that comes twice, random or tpe without a number of
-            trials or with arms.
+        ValueError: an unknown sampler or arm, a key or a label that comes twice, a key that is set beside one that
+            stands for it, random or tpe without a number of trials or with arms.
     """
 
     axes: tuple[Axis, ...]
@@ -116,6 +118,23 @@ class Search:
             raise ValueError(f"--sampler {self.sampler} needs --trials, and has no use for arms")
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"--trials must be at least 1, got {self.trials}")
+        for arm in self.arms or (None,):
+            self._check_together(arm)
+
+    def _check_together(self, arm: Arm | None) -> None:
+        named: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in self.fixed.items()}
+        named |= {key: (value,) for key, value in (arm.fixed if arm else {}).items()}
+        named |= {axis.key: axis.values for axis in self._axes_of(arm)}
+        used = [key for key in self.together if any(value is not None for value in named.get(key, ()))]
+        owner: dict[str, str] = {}
+        for key, member in [(each, member) for each in used for member in self.together[each]]:
+            other = member if member != key and member in named else owner.setdefault(member, key)
+            if other != key:
+                also = "given" if other == member else f"set by {other!r}"
+                raise ValueError(
+                    f"{key!r} sets {member!r} (together: {list(self.together[key])}), which is {also} as well"
+                    f"{f' in arm {arm.label!r}' if arm else ''}; leave out {key!r} or {other!r}"
+                )
 
     @property
     def keys(self) -> list[str]:
@@ -131,18 +150,32 @@ class Search:
         seeds = list(dict.fromkeys(values.get(SEED) for values in every))
         return sorted(every, key=lambda values: seeds.index(values.get(SEED)))[: self.trials]
 
+    def every(self) -> list[Values]:
+        """The whole grid, which is what another sampler draws from."""
+        return replace(self, sampler="grid", trials=None).grid()
+
     def _of_arm(self, arm: Arm | None) -> Iterator[Values]:
-        own = {axis.key: axis for axis in (arm.axes if arm else ())}
-        axes = [own.pop(axis.key, axis) for axis in self.axes] + list(own.values())
+        axes = self._axes_of(arm)
         label = {ARM: arm.label} if arm else {}
         for values in itertools.product(*(axis.values for axis in axes)):
             yield {**label, **dict(zip([axis.key for axis in axes], values, strict=True))}
+
+    def _axes_of(self, arm: Arm | None) -> list[Axis]:
+        own = {axis.key: axis for axis in (arm.axes if arm else ())}
+        return [own.pop(axis.key, axis) for axis in self.axes] + list(own.values())
 
     def given(self, values: Values) -> Values:
         """All keys that a trial sets: those of all trials, its arm's, its own."""
         of_arm = next((arm.fixed for arm in self.arms if arm.label == values.get(ARM)), {})
         named = {**self.fixed, **of_arm, **{key: value for key, value in values.items() if key != ARM}}
-        return {each: value for key, value in named.items() for each in self.together.get(key, (key,))}
+        expanded = {each: value for key, value in named.items() for each in self.together.get(key, (key,))}
+        # The construction has refused members beside a key that sets them; beside null they keep their own values.
+        return expanded | {key: value for key, value in named.items() if key in expanded and key not in self.together}
+
+    def set_by_all(self) -> list[str]:
+        """Keys that every trial sets, whatever is drawn, so that the recipe's value has no effect."""
+        given = [{k for k, value in self.given(values).items() if value is not None} for values in self.every()]
+        return sorted(set.intersection(*given)) if given else []
 
 
 @dataclass(frozen=True)
@@ -156,7 +189,10 @@ class Trial:
     error: str = ""
 
 
-def sweep(search: Search, launch: Launcher | Callable[[Values], Outcome], folder: Path) -> list[Trial]:
+def sweep(
+    search: Search, launch: Launcher | Callable[[Values], Outcome], folder: Path, source: Source | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> list[Trial]:  # fmt: skip
     """Run what is missing; the journal lies in the folder.
 
     Args:
@@ -164,15 +200,19 @@ def sweep(search: Search, launch: Launcher | Callable[[Values], Outcome], folder
         launch: runs trials; a function is called here, one trial after the other. A TrialError marks a trial as
             failed, anything else ends the sweep.
         folder: a rerun with the same one goes on, also with more or other values of the same keys.
+        source: what trials are made from; None where that is not known, and not compared.
+        prepare: called before the first trial, once the folder is known to go on with this search and source.
     Returns:
         Every trial of the folder that finished or failed last, in order of running.
     Raises:
-        ValueError: the folder holds a sweep of other keys, metric or direction, or one that is running; or a trial
-            has no such metric.
+        ValueError: the folder holds a sweep of other keys, metric, direction or source, or one that is running; or a
+            trial has no such metric.
     """
     launcher = launch if isinstance(launch, Launcher) else Here(launch)
     with _locked(folder):
         study = _study(search, folder)
+        _record(study, source, folder)
+        prepare()
         _run_missing(search, study, launcher)
         return _trials(search, study)
 
@@ -291,14 +331,21 @@ def _study(search: Search, folder: Path) -> Any:
         "together": together,
     }  # fmt: skip
     before = {"fixed": {}, "together": {}, **study.user_attrs.get("search", known)}
-    if before != known:
+    if comparable(before) != comparable(known):
         raise ValueError(f"{folder} holds a sweep with {before}, this one has {known}; choose another --output_dir")
     study.set_user_attr("search", known)
     arms, earlier = {arm.label: arm.fixed for arm in search.arms}, study.user_attrs.get("arms", {})
-    if changed := [label for label in arms if earlier.get(label, arms[label]) != arms[label]]:
+    if changed := [label for label in arms if comparable(earlier.get(label, arms[label])) != comparable(arms[label])]:
         raise ValueError(f"{folder} holds trials of the arms {changed} with other keys; choose another --output_dir")
     study.set_user_attr("arms", {**earlier, **arms})
     return study
+
+
+def _record(study: Any, source: Source | None, folder: Path) -> None:
+    """Compare with what trials were made from; a folder without trials, or of before there were records, has none."""
+    if source is not None:
+        then = study.user_attrs.get("source") if study.get_trials(deepcopy=False) else None
+        study.set_user_attr("source", continued(source, then, folder))
 
 
 def _missing(search: Search, study: Any) -> list[Values]:
@@ -307,8 +354,11 @@ def _missing(search: Search, study: Any) -> list[Values]:
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
-    complete = [_values(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    return [values for values in search.grid() if values not in complete] if search.sampler == "grid" else []
+    complete = [
+        comparable(_values(trial)) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ]
+    grid = search.grid() if search.sampler == "grid" else []
+    return [values for values in grid if comparable(values) not in complete]
 
 
 def _left(search: Search, study: Any) -> int:
@@ -322,14 +372,21 @@ def _values(trial: Any) -> Values:
     return dict(trial.user_attrs.get("values", trial.params))
 
 
+def _name(values: Values) -> str:
+    """Equal for equal values, also where one is written 1e4 and the other 10000."""
+    same = {key: float(value) if is_number(value) else value for key, value in comparable(values).items()}
+    return repr(sorted(same.items()))
+
+
 def _trials(search: Search, study: Any) -> list[Trial]:
     """By values: the last that finished, else the last that failed."""
     from optuna.trial import TrialState
 
-    kept: dict[str, Trial] = {}
+    grid = replace(search, only_arms=None).every() if search.sampler == "grid" else []
+    asked, kept = {_name(values): values for values in grid}, dict[str, Trial]()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL, TrialState.COMPLETE)):
         values, failed = _values(trial), trial.state == TrialState.FAIL
-        name = repr(sorted(values.items(), key=lambda item: item[0]))
+        name = _name(values)
         error = trial.user_attrs.get("error", "interrupted" if failed else "")
         if not values or error == "interrupted" or (failed and name in kept):
             continue
@@ -337,5 +394,5 @@ def _trials(search: Search, study: Any) -> list[Trial]:
         taken = trial.duration.total_seconds() if trial.duration is not None else math.nan
         kept.pop(name, None)
         seconds = numbers.get("trial_seconds", taken)
-        kept[name] = Trial(values, None if failed else trial.value, seconds, numbers, error)
+        kept[name] = Trial(asked.get(name, values), None if failed else trial.value, seconds, numbers, error)
     return list(kept.values())

@@ -15,7 +15,7 @@ from typing import Any
 from softrl.assets import write_atomically
 from softrl.studies.html import mean_and_error
 from softrl.studies.sweep import SEED, Trial
-from softrl.studies.sweep_question import Question
+from softrl.studies.sweep_question import Question, scale_of
 from softrl.studies.sweep_summary import Pair, Setting, baseline_words, word
 from softrl.studies.variance_style import COLOURS, Style, png, pyplot, styles
 
@@ -84,16 +84,11 @@ def plot_question(question: Question, rows: Sequence[Setting], path: Path) -> No
 
 def _layout(question: Question, rows: Sequence[Setting]) -> _Layout:
     spec = question.report
-    keys = question.keys or [SEED]
-    # Of keys alone the arm is the last that one would put along an axis.
-    x = spec.x or next((key for key in keys if key != "arm"), keys[0])
+    keys, x = question.keys or [SEED], question.x
     left = [key for key in keys if key not in (x, spec.facets)]
     values = [row.values[x] for row in rows if row.values.get(x) is not None]
     values = list(dict.fromkeys(values))
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values) and values
-    scale = spec.scale or ("linear" if numeric else "categories")
-    if scale != "categories" and not numeric:
-        raise ValueError(f"report.scale {scale!r} needs numbers, but {x} has the values {values}")
+    scale = scale_of(values, spec.scale)  # the question's, unless earlier commands ran values that it cannot show
     if scale != "categories":
         values = sorted(values)
     elif any(row.values.get(x) is None for row in rows):

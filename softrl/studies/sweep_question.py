@@ -26,10 +26,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from softrl.studies.sweep import ARM, SEED, Arm, Axis, Search, Trial
 from softrl.studies.sweep_launch import Values
+from softrl.studies.sweep_values import is_number, read_values
 
 MEASURE = "measure"  # as a key of what is shown, where a run has several numbers
 DIRECTIONS = ("minimize", "maximize")
@@ -69,7 +68,8 @@ class Question:
     """What a sweep recipe says.
 
     Raises:
-        ValueError: an unknown direction, a key that is both set and varied, or a report of keys that nothing varies.
+        ValueError: an unknown direction, a key that is both set and varied, or a report of keys that nothing varies
+            or of a scale that their values do not have.
     """
 
     title: str
@@ -100,6 +100,23 @@ class Question:
         named = [spec.x, *(spec.series or ()), spec.facets, *spec.baseline]
         if unknown := [key for key in named if key is not None and key not in keys]:
             raise ValueError(f"report names {unknown}, which nothing varies; the keys are {keys}")
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        x, scale = self.x, self.report.scale
+        if scale not in (None, scale_of(values := self._values_of(x), scale)):
+            needed = "numbers of at least 0" if scale == "log" else "numbers"
+            raise ValueError(f"report.scale {scale!r} needs {needed}, but {x} has the values {values}")
+
+    def _values_of(self, key: str) -> list[Any]:
+        every = list(self.measures.values()) if key == MEASURE else [v.get(key) for v in self.search().grid()]
+        return [value for value in dict.fromkeys(every) if value is not None]
+
+    @property
+    def x(self) -> str:
+        """The key along the axis; of keys alone the arm is the last that one would put there."""
+        keys = self.keys or [SEED]
+        return self.report.x or next((key for key in keys if key != ARM), keys[0])
 
     def search(self, sampler: str = "grid", trials: int | None = None, seed: int = 0, arms: Any = None) -> Search:
         """The trials."""
@@ -153,9 +170,16 @@ class Question:
         return replace(self, grid=grid, arms=arms, set={k: v for k, v in settings.items() if k not in new})
 
 
+def scale_of(values: Sequence[Any], wanted: str | None) -> str:
+    """The scale that values of x have: what is wanted, else the closest to it that can show them."""
+    if not values or not all(map(is_number, values)):
+        return "categories"
+    return "linear" if wanted is None or (wanted == "log" and min(values) < 0) else wanted
+
+
 def is_sweep_recipe(path: Path) -> bool:
     """Whether a file holds a question, rather than one run."""
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given = read_values(path.read_text(encoding="utf-8"))
     return isinstance(given, dict) and "recipe" in given and ("grid" in given or "arms" in given)
 
 
@@ -165,7 +189,7 @@ def load_question(path: Path) -> Question:
     Raises:
         ValueError: a key that is missing or unknown (close ones are named), or a value that makes no sense.
     """
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given = read_values(path.read_text(encoding="utf-8"))
     known = [each.name for each in fields(Question)]
     _check_keys(given, known, str(path))
     if missing := [key for key in ("title", "question", "recipe", "metric") if not given.get(key)]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from softrl.cli import sweep as command
 from softrl.cli import sweep_trial
+from softrl.studies.sweep_launch import Processes
 
 RECIPE = """
 question: Which?
@@ -165,6 +166,114 @@ def test_what_trials_need_is_made_first_and_once(tmp_path, capsys, recipe, monke
     assert (made["--max_steps"], made["--beta"]) == ("7", "0.5")
     (told,) = lines_of(out / "trials" / "arm=two,beta=0.1,seed=1" / "ran")
     assert told["--proxy_model"] == str(out / "prepared" / "proxy")
+
+
+def changed(text, old, new):
+    assert old in text
+    return text.replace(old, new)
+
+
+def test_a_changed_recipe_is_noticed_and_what_has_no_effect_is_not(tmp_path, capsys, recipe):
+    question, out = tmp_path / "q.yaml", tmp_path / "out"
+    recipe.write_text("max_steps: 1\nlearning_rate: 0.1\noutput_dir: here\nsizes: [1, 2]\n")
+    question.write_text(text := QUESTION.replace("RECIPE", str(recipe)))
+    words = ["--config", str(question), "--output_dir", str(out), "--grid", "seed=1"]
+    assert command.main(words) == 0
+    recipe.write_text("learning_rate: 1e-1\nmax_steps: 9\noutput_dir: there\nsizes: [1, 2]\n")  # max_steps is set
+    question.write_text(changed(text, "two: {hops: 1}", "two: {hops: 1}, three: {hops: 2}"))
+    assert command.main([*words[:-1], "seed=1,2"]) == 0
+    count = sum(len(lines_of(path)) for path in out.glob("trials/*/ran"))
+    assert count == 12
+    capsys.readouterr()
+    recipe.write_text("learning_rate: 0.2\nsizes: [1, 3]\n")
+    assert command.main([*words[:-1], "seed=3"]) == 2
+    error = capsys.readouterr().err
+    assert "(learning_rate: 0.1 → 0.2; sizes.1: 2 → 3); choose another --output_dir" in error
+    assert sum(len(lines_of(path)) for path in out.glob("trials/*/ran")) == count
+    recipe.write_text("learning_rate: 0.1\nsizes: [1, 2]\n")
+    other = recipe.rename(tmp_path / "other.yaml")
+    question.write_text(changed(text, str(recipe), str(other)))
+    assert command.main(words) == 2
+    assert "(recipe: recipe → other)" in capsys.readouterr().err
+
+
+def without_records(folder):
+    """As a folder was before there were any."""
+    log = folder / "trials.log"
+    lines = log.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "source" not in json.loads(line).get("user_attr", {})]
+    assert len(kept) < len(lines)
+    log.write_text("".join(kept))
+    for marker in folder.glob("prepared/*/made"):
+        assert marker.stat().st_size > 0
+        marker.write_text("")
+
+
+def test_a_folder_of_before_there_were_records_goes_on_and_gets_one(tmp_path, capsys, recipe, monkeypatch):
+    question, out = tmp_path / "q.yaml", tmp_path / "out"
+    question.write_text(QUESTION.replace("RECIPE", str(recipe)) + "prepare: {proxy: {max_steps: 7, beta: 0.5}}\n")
+    monkeypatch.setattr(sweep_trial, "_MAKE", STUB)
+    words = ["--config", str(question), "--output_dir", str(out), "--grid", "seed=1", "--arms", "one"]
+    assert command.main(words) == 0
+    without_records(out)
+    recipe.write_text("learning_rate: 0.3\n")
+    assert command.main([*words[:-1], "two"]) == 0
+    assert len(lines_of(out / "prepared" / "proxy" / "ran")) == 1
+    recipe.write_text("learning_rate: 0.4\n")
+    capsys.readouterr()
+    assert command.main(words) == 2
+    assert "(learning_rate: 0.3 → 0.4)" in capsys.readouterr().err
+
+
+def test_changed_keys_of_what_trials_need_are_noticed(tmp_path, capsys, recipe, monkeypatch):
+    question, out = tmp_path / "q.yaml", tmp_path / "out"
+    text = QUESTION.replace("RECIPE", str(recipe)) + "prepare: {proxy: {max_steps: 7, beta: 0.5}}\n"
+    question.write_text(text)
+    monkeypatch.setattr(sweep_trial, "_MAKE", STUB)
+    words = ["--config", str(question), "--output_dir", str(out), "--grid", "seed=1", "--arms", "one"]
+    assert command.main(words) == 0
+    recipe.write_text("max_steps: 2\n")  # set by the trials and by the model that is made
+    question.write_text(changed(text, "7, beta: 0.5}}", "7, beta: 0.5}, second: {beta: 0.6}}"))
+    assert command.main(words) == 0
+    assert (out / "prepared" / "second" / "made").is_file()
+    question.write_text(changed(text, "max_steps: 7", "max_steps: 8"))
+    assert command.main(words) == 2
+    assert "(prepare.proxy.max_steps: 7 → 8); choose another --output_dir" in capsys.readouterr().err
+    assert len(lines_of(out / "prepared" / "proxy" / "ran")) == 1
+
+
+def test_a_model_is_not_taken_for_one_of_other_keys(tmp_path, recipe, monkeypatch):
+    """Made, or begun: one that was stopped would go on from its checkpoint."""
+    processes = Processes(1, 1)
+    make = lambda keys: sweep_trial.prepare(recipe, {"proxy": keys}, tmp_path, processes)  # noqa: E731
+    monkeypatch.setattr(sweep_trial, "_MAKE", "import sys; sys.exit(4)")
+    for steps in (6, 7):  # nothing to go on from
+        with pytest.raises(ValueError, match="was not made"):
+            make({"max_steps": steps, "beta": 0.5})
+    (tmp_path / "prepared" / "proxy" / "checkpoint-1").mkdir()
+    monkeypatch.setattr(sweep_trial, "_MAKE", STUB)
+    with pytest.raises(ValueError, match="max_steps: 7 → 8"):
+        make({"max_steps": 8, "beta": 0.5})
+    make({"max_steps": 7, "beta": 0.5})
+    make({"max_steps": 7, "beta": "0.5"})
+    recipe.write_text("max_steps: 1\nlearning_rate: 0.3\n")
+    with pytest.raises(ValueError, match=r"\(learning_rate: not set → 0.3\); choose another --output_dir"):
+        make({"max_steps": 7, "beta": 0.5})
+    assert len(lines_of(tmp_path / "prepared" / "proxy" / "ran")) == 1
+
+
+def test_a_key_that_another_one_sets_is_refused_and_not_ignored(tmp_path, capsys):
+    words = ["--config", "sweeps/reasoner-shared-size", "--output_dir", str(tmp_path / "out")]
+    assert command.main([*words, "--set", "interpreter_size=64"]) == 2
+    assert "'size' sets 'interpreter_size'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_is_checked_before_the_first_trial(tmp_path, capsys):
+    words = ["--config", "sweeps/reasoner-shared-size", "--output_dir", str(tmp_path / "out")]
+    assert command.main([*words, "--grid", "size=2,wide"]) == 2
+    assert "report.scale 'log' needs numbers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_lets_all_trials_save_and_the_same_command_goes_on(tmp_path, capsys, recipe, monkeypatch):

@@ -11,6 +11,7 @@ from softrl.studies.sweep import Arm, Axis, Search, Trial, best, finished, sweep
 from softrl.studies.sweep_figures import plot_search
 from softrl.studies.sweep_launch import Threads, TrialError
 from softrl.studies.sweep_recipes import with_values
+from softrl.studies.sweep_record import Source
 from softrl.studies.sweep_summary import write_results
 from softrl.studies.variance_config import ProblemSpec, VarianceConfig
 
@@ -24,7 +25,8 @@ def cost(values):
 def test_axes_are_read_as_yaml():
     assert Axis.parsed("hops=0,1,null") == Axis("hops", (0, 1, None))
     assert Axis.parsed("lr=1.0e-3,0.5,true,soft") == Axis("lr", (1e-3, 0.5, True, "soft"))
-    for text in ("hops", "hops=", "=1", "hops=1,1", "hops=[1]"):
+    assert Axis.parsed("policy_weight=0,1e4,'1e4'") == Axis("policy_weight", (0, 10000.0, "1e4"))
+    for text in ("hops", "hops=", "=1", "hops=1,1", "hops=10,1e1", "hops=[1]"):
         with pytest.raises(ValueError, match="--grid"):
             Axis.parsed(text)
 
@@ -217,3 +219,75 @@ def test_other_numbers_are_columns(tmp_path):
     write_results(Search((Axis("a", (1, 2)),), "m"), trials, tmp_path / "results.csv", ["m", "n"])
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines == ["a,m,n,seconds,state", "1,2,5,3,finished", "2,,,1,failed"]
+
+
+SIZES = {"size": ["width", "height"], "all": ["height", "depth"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [
+        ({"fixed": {"width": 3}}, r"'size' sets 'width' .*given as well; leave out 'size' or 'width'"),
+        ({"fixed": {"width": None}}, "'size' sets 'width'"),
+        ({"axes": (Axis("size", (1, 2)), Axis("height", (3,)))}, "'size' sets 'height'"),
+        ({"arms": (Arm("one"), Arm("two", {"height": 3}))}, "'size' sets 'height' .*in arm 'two'"),
+        ({"arms": (Arm("two", {}, (Axis("height", (3,)),)),)}, "'size' sets 'height' .*in arm 'two'"),
+        ({"arms": (Arm("two", {"width": 3}, (Axis("size", (None, 5)),)),)}, "'size' sets 'width' .*in arm 'two'"),
+        ({"fixed": {"all": 3}}, "'all' sets 'height' .*set by 'size'"),
+    ],
+)
+def test_a_key_beside_one_that_sets_it_is_refused(given, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        Search(**({"axes": (Axis("size", (1, 2)),), "metric": "m", "together": SIZES} | given))
+
+
+def test_a_key_that_stands_for_others_leaves_them_alone_where_it_is_null_or_not_used():
+    arms = (Arm("alike"), Arm("own", {"width": 7}, (Axis("size", (None,)),)))
+    search = Search((Axis("size", (1, 2)),), "m", arms=arms, together=SIZES)
+    assert [search.given(values) for values in search.grid()] == [
+        {"width": 1, "height": 1}, {"width": 2, "height": 2}, {"width": 7, "height": None},
+    ]  # fmt: skip
+    unused = Search((Axis("width", (1,)),), "m", fixed={"height": 3}, together=SIZES)
+    assert unused.given(unused.grid()[0]) == {"height": 3, "width": 1}
+    assert unused.set_by_all() == ["height", "width"]
+    assert search.set_by_all() == ["width"]
+
+
+def test_a_folder_of_before_words_were_numbers_goes_on(tmp_path):
+    """Its journal has `1e4` as a word, in a trial and among the keys of all."""
+    called = []
+    run = lambda values: called.append(values) or 1.0  # noqa: E731
+    sweep(Search((Axis("a", (0, "1e4")),), "m", fixed={"rate": "1e-3", "tokenizer": "512"}), run, tmp_path)
+    search = Search((Axis.parsed("a=0,1e4,3"),), "m", fixed={"rate": 0.001, "tokenizer": "512"})
+    trials = sweep(search, run, tmp_path)
+    assert called == [{"a": 0}, {"a": "1e4"}, {"a": 3}]
+    assert [trial.values["a"] for trial in trials] == [0, 10000.0, 3]
+    assert isinstance(trials[1].values["a"], float)
+    sweep(Search((Axis.parsed("a=0,'1e4'"),), "m", fixed=search.fixed), run, tmp_path)
+    assert len(called) == 3
+    again = finished(Search((Axis.parsed("a=0.0,10000"),), "m", fixed=search.fixed), tmp_path)
+    assert [repr(trial.values["a"]) for trial in again] == ["0.0", "10000", "3"]
+    with pytest.raises(ValueError, match="holds a sweep with"):
+        sweep(Search(search.axes, "m", fixed={"rate": 0.01, "tokenizer": "512"}), run, tmp_path)
+
+
+def test_what_is_made_first_waits_until_the_folder_may_go_on(tmp_path):
+    made = []
+    source = Source("r", {"rate": 1}, {})
+    sweep(Search(AXES[:1], "m"), lambda values: float(len(made)), tmp_path, source, lambda: made.append(1))
+    assert [trial.metric for trial in finished(Search(AXES[:1], "m"), tmp_path)] == [1.0] * 3
+    for search, other in ((Search(AXES, "m"), source), (Search(AXES[:1], "m"), Source("r", {"rate": 2}, {}))):
+        with pytest.raises(ValueError, match="choose another --output_dir"):
+            sweep(search, lambda values: 1.0, tmp_path, other, lambda: made.append(2))
+    assert made == [1]
+
+
+def test_a_folder_without_trials_takes_another_recipe(tmp_path):
+    """What failed before the first trial was a mistake of the recipe, which is mended."""
+
+    def fails():
+        raise ValueError("no model")
+
+    with pytest.raises(ValueError, match="no model"):
+        sweep(Search(AXES[:1], "m"), lambda values: 1.0, tmp_path, Source("r", {"rate": 1}, {}), fails)
+    assert len(sweep(Search(AXES[:1], "m"), lambda values: 1.0, tmp_path, Source("r", {"rate": 2}, {}))) == 3

@@ -74,6 +74,14 @@ def test_the_command_line_narrows_and_replaces(tmp_path):
         (("metric: nll", "metric: nll\ndirection: down"), "direction must be one of"),
         (("{max_steps: 3}", "{arm: 3}"), "['arm'] is not a key of a run"),
         (("metric: nll", "metric: nll\nmeasures: {loss: a loss}"), "metric 'nll' must be one of the measures"),
+        (
+            ("[2, 4]", "[2, wide]"),
+            "report.scale 'log' needs numbers of at least 0, but size has the values [2, 'wide']",
+        ),
+        (("[2, 4]", "[2, -4]"), "report.scale 'log' needs numbers of at least 0, but size has the values [2, -4]"),
+        (("[2, 4]", "[2, true]"), "report.scale 'log' needs numbers"),
+        (("x: size, scale: log", "x: arm, scale: linear"), "report.scale 'linear' needs numbers, but arm has"),
+        (("{max_steps: 3}", "{width: 3}\ntogether: {size: [width]}"), "'size' sets 'width'"),
     ],
 )
 def test_mistakes_name_the_key(tmp_path, change, message):
@@ -180,7 +188,26 @@ def test_where_values_lie():
     assert _layout(words, rows).values == ["a", "b"]
     assert _layout(words, rows).series == ("w",)
     with pytest.raises(ValueError, match="needs numbers"):
-        _layout(Question(**{**vars(asked), "report": ReportSpec(x="k", scale="log")}), rows)
+        Question(**{**vars(asked), "report": ReportSpec(x="k", scale="log")})
+
+
+def test_values_that_only_earlier_commands_ran_do_not_stop_the_report(tmp_path):
+    asked = Question("t", "q", "r", "m", grid={"w": [1, 10]}, report=ReportSpec(x="w", scale="log"))
+    for earlier, scale in (("soft", "categories"), (-1, "linear"), (100, "log")):
+        trials = [Trial({"w": w}, 1.0, 1.0) for w in (1, 10, earlier)]
+        assert _layout(asked, settings(asked, trials)).scale == scale
+        write_report(asked, asked.search(), trials, tmp_path, "softrl sweep")
+
+
+def test_numbers_of_a_recipe_are_those_of_python(tmp_path):
+    text = RECIPE.replace("[2, 4]", "[1e1, 1e-3, 0]").replace("{arm: without}", "{size: 1e1}")
+    asked = question(tmp_path, text.replace("max_steps: 3", "rate: 1e-4, tokenizer: '512'"))
+    assert asked.grid["size"] == [10.0, 0.001, 0]
+    assert asked.set == {"rate": 0.0001, "tokenizer": "512"}
+    assert asked.report.baseline == {"size": 10.0}
+    assert asked.with_grid([Axis.parsed("size=1e3,2e3")]).grid["size"] == [1000.0, 2000.0]
+    with pytest.raises(ValueError, match=r"report.scale 'log' needs .* but size has the values \['small'\]"):
+        asked.with_grid([Axis.parsed("size=small")])
 
 
 @pytest.mark.parametrize("x", ["size", "arm"])
