@@ -176,7 +176,7 @@ class QuietSTaRConfig(BaseConfig):
     )
     relative_to_prior: bool = field(default=False, metadata={"help": "Score thoughts relative to the prior."})
     reward_surrogate: bool = field(default=False, metadata={"help": "Learn thoughts from an ensemble of estimates."})
-    surrogate_spread: float = field(default=0.5, metadata={"help": "Largest spread and recent error that are trusted, nats."})
+    surrogate_spread: float = field(default=0.5, metadata={"help": "Largest spread and recent error to trust, nats."})
     surrogate_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the surrogate."})
     base_weight: float = field(default=1.0, metadata={"help": "Weight of the loss without thoughts."})
     talk_weight: float = field(default=1.0, metadata={"help": "Weight of the loss after thoughts."})

@@ -68,7 +68,12 @@ class SurrogateFit:
             return {}
         square, trusted, spread = (each / count for each in found)
         self.surrogate.observe(square)
-        numbers = {"rmse": square.sqrt(), "recent_rmse": self.surrogate.rmse_nats, "trusted": trusted, "spread": spread}
+        numbers = {
+            "rmse": square.sqrt(),
+            "recent_rmse": self.surrogate.rmse_nats,
+            "trusted": trusted,
+            "spread": spread,
+        }
         return {f"surrogate/{name}": value.item() for name, value in numbers.items()}
 
     def state_dict(self) -> dict[str, object]:

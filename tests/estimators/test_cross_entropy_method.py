@@ -168,7 +168,8 @@ def test_searches_after_tokens_find_what_enumeration_finds(kind):
     torch.testing.assert_close(found.rewards, rewards)
     if kind == "discrete":  # with the prediction's entropy in the reward, others are best
         entropy = -(talk.exp() * talk).sum(-1)
-        scored = searched_thoughts(model, ids, None, targets, settings, seed=3, beta=20.0)
+        many = SearchSettings(num_rounds=1, num_samples=200, num_elites=1)  # 16 thoughts
+        scored = searched_thoughts(model, ids, None, targets, many, seed=3, beta=20.0)
         torch.testing.assert_close(scored.rewards[..., 0], (every_reward + 20.0 * entropy).max(-1).values)
         chosen = (every_reward + 20.0 * entropy).argmax(-1)
         assert torch.equal(scored.values[:, :, 0], every[chosen])

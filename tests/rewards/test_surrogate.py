@@ -29,9 +29,9 @@ def truth(context, thoughts):
     return -2.0 + pooled[..., 0] + 0.5 * (context[:, None] * pooled).sum(-1).tanh()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "flatten"])
-def test_members_mean_and_spread_against_loops(pooling):
-    model = surrogate(pooling=pooling, max_std_nats=0.5)
+@pytest.mark.parametrize(("pooling", "threshold"), [("mean", 0.7), ("flatten", 1.3)])
+def test_members_mean_and_spread_against_loops(pooling, threshold):
+    model = surrogate(pooling=pooling, max_std_nats=threshold)
     model.observe(torch.tensor(0.01))
     context, thoughts = batch()
     found = model(context, thoughts)
@@ -47,7 +47,7 @@ def test_members_mean_and_spread_against_loops(pooling):
             spread = ((each - each.mean()).square().sum() / 2).sqrt()
             torch.testing.assert_close(found.std_nats[m, s], spread.detach(), rtol=1e-12, atol=1e-12)
             spreads.append(spread.item())
-        agrees = [spread < 0.5 for spread in spreads]
+        agrees = [spread < threshold for spread in spreads]
         assert found.trusted[m].tolist() == [all(agrees)] * S, "siblings are compared: all of them or none"
         trusted, mixed = trusted + all(agrees), mixed + (any(agrees) and not all(agrees))
     assert trusted > 0, "a threshold on one side of everything shows nothing"
@@ -158,7 +158,7 @@ def test_nothing_is_trusted_before_it_has_learned():
         optimizer.step()
     first = next(step for step, share in enumerate(trusted) if share > 0.0)
     assert apart[0] > 1.5
-    assert all(0.1 < error for error in apart[:first])
+    assert min(apart[:20]) > 0.5
     assert max(apart[first : first + 10]) < 0.45
     assert min(trusted[-50:]) > 0.5
 
