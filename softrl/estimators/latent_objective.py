@@ -16,15 +16,14 @@ surrogate.
 
 from dataclasses import dataclass, replace
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softrl.estimators.cross_entropy_method import SearchSettings
-from softrl.estimators.latent_thoughts import scored_latents, with_thought_entropy
+from softrl.estimators.latent_thoughts import predicted_value, scored_latents, with_thought_entropy
 from softrl.estimators.thought_base import ScoredThoughts, ThoughtRule
 from softrl.models.reasoner import ReasonerOutput
-from softrl.objectives.proxy import ProxyDivergence, forward_proxy_value, proxy_value
-from softrl.tokens.divergences import entropy
+from softrl.objectives.proxy import ProxyDivergence
 
 
 @dataclass(frozen=True)
@@ -111,31 +110,6 @@ class LatentLoss:
     policy: Float[Tensor, ""]
     entropy: Float[Tensor, ""]
     rewards: Float[Tensor, "M S"]
-
-
-def predicted_value(
-    log_probs: Float[Tensor, "*batch V"],
-    targets: Int[Tensor, "*batch"],
-    beta: float = 0.0,
-    log_proxy: Float[Tensor, "*batch V"] | None = None,
-    proxy_divergence: ProxyDivergence = "reverse",
-) -> Float[Tensor, "*batch"]:
-    """R of predictions, nats; differentiable in them.
-
-    Args:
-        log_probs: log π(y | h, x), normalised.
-        targets: the true next tokens, which a proxy makes unread.
-        beta: β.
-        log_proxy: log D(y | x), finite.
-        proxy_divergence: see `LatentObjective`.
-    """
-    if log_proxy is not None:
-        of_proxy = forward_proxy_value if proxy_divergence == "forward" else proxy_value
-        return of_proxy(log_probs.flatten(0, -2), log_proxy.flatten(0, -2), beta).view(targets.shape)
-    value = log_probs.gather(-1, targets[..., None]).squeeze(-1)
-    if beta == 0.0:
-        return value
-    return value + beta * entropy(log_probs.flatten(0, -2)).view(value.shape)
 
 
 def latent_loss(output: ReasonerOutput, objective: LatentObjective, extras: LatentExtras) -> LatentLoss:

@@ -20,6 +20,8 @@ from softrl.estimators.cross_entropy_method import (
 )
 from softrl.estimators.thought_base import ScoredThoughts
 from softrl.models.reasoner import ReadTexts, ReasonerForCausalLM, ReasonerOutput
+from softrl.objectives.proxy import ProxyDivergence, forward_proxy_value, proxy_value
+from softrl.tokens.divergences import entropy
 from softrl.tokens.noise import sequence_seed
 
 
@@ -60,6 +62,31 @@ def with_thought_entropy(scored: ScoredThoughts, beta_2: float) -> ScoredThought
     return replace(scored, rewards=scored.rewards + bonus, estimated=estimated)
 
 
+def predicted_value(
+    log_probs: Float[Tensor, "*batch V"],
+    targets: Int[Tensor, "*batch"],
+    beta: float = 0.0,
+    log_proxy: Float[Tensor, "*batch V"] | None = None,
+    proxy_divergence: ProxyDivergence = "reverse",
+) -> Float[Tensor, "*batch"]:
+    """R of predictions, nats; differentiable in them.
+
+    Args:
+        log_probs: log π(y | h, x), normalised.
+        targets: the true next tokens, which a proxy makes unread.
+        beta: β.
+        log_proxy: log D(y | x), finite.
+        proxy_divergence: see `latent_objective.LatentObjective`.
+    """
+    if log_proxy is not None:
+        of_proxy = forward_proxy_value if proxy_divergence == "forward" else proxy_value
+        return of_proxy(log_probs.flatten(0, -2), log_proxy.flatten(0, -2), beta).view(targets.shape)
+    value = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    if beta == 0.0:
+        return value
+    return value + beta * entropy(log_probs.flatten(0, -2)).view(value.shape)
+
+
 @dataclass(frozen=True)
 class FoundThoughts:
     """Elites of a search after every token: latents to be scored with `values=`, best first, and their rewards."""
@@ -77,8 +104,11 @@ def searched_thoughts(
     settings: SearchSettings,
     seed: int,
     row_ids: list[int] | None = None,
+    beta: float = 0.0,
 ) -> FoundThoughts:
-    """Search the latents of every position for those after which the next token is likeliest.
+    """Search the latents of every position for those with the highest reward R, see `predicted_value`.
+
+    At β = 0 they are those after which the next token is likeliest.
 
     Elites are distilled by maximum likelihood: minimise `−log π(h | x)` of `model(..., values=found.values)`, and the
     talk part's `−rewards` beside it. The search starts from uniform codes, or standard normal vectors, not from the
@@ -90,6 +120,7 @@ def searched_thoughts(
         targets: next tokens; where there is none, any id.
         settings: of the search.
         seed, row_ids: see `ReasonerForCausalLM.forward`.
+        beta: β, weight of H[π(y | h, x)] in R.
     Raises:
         ValueError: the model has no latents, or soft ones.
     """
@@ -102,7 +133,7 @@ def searched_thoughts(
         return drawn.flatten(0, 1)
 
     def score(values: Tensor) -> Tensor:
-        return _rewards(model, texts, values.unflatten(0, shape), targets).flatten(0, 1)
+        return _rewards(model, texts, values.unflatten(0, shape), targets, beta).flatten(0, 1)
 
     found = cross_entropy_search(_first_proposal(model, input_ids), score, uniforms, settings)
     return FoundThoughts(found.elites.unflatten(0, shape), found.rewards.unflatten(0, shape))
@@ -124,9 +155,9 @@ def _first_proposal(model: ReasonerForCausalLM, input_ids: Tensor) -> Proposal:
 
 
 def _rewards(
-    model: ReasonerForCausalLM, texts: ReadTexts, values: Tensor, targets: Int[Tensor, "N T"]
+    model: ReasonerForCausalLM, texts: ReadTexts, values: Tensor, targets: Int[Tensor, "N T"], beta: float
 ) -> Float[Tensor, "N T S"]:
-    """log p_mixed of the next token after given latents."""
+    """R of the mixed predictions after given latents."""
     hidden = model.interpreted(texts, model.latent.embed(values))
     talk = model.talk(texts, hidden)["talk_log_probs"]
-    return talk.gather(-1, targets[:, :, None, None].expand(-1, -1, talk.shape[2], 1)).squeeze(-1)
+    return predicted_value(talk, targets[:, :, None].expand(talk.shape[:3]), beta)

@@ -40,7 +40,8 @@ class ScoredThoughts:
         log_prior: log π_ref(h | x), without a graph.
         log_z: learned log Z(x), with its graph.
         estimated: a surrogate's reward r_ψ(h, x).
-        trusted: where the surrogate's ensemble agrees; there `estimated` replaces the reward.
+        trusted: where `estimated` replaces the reward: for all thoughts of an anchor or for none, since rules compare
+            them, see `rewards.surrogate`.
         uniforms: of [0, 1), one a thought, for rules that draw (`trice`): the caller's generator, kept out of here.
     Raises:
         ValueError: shapes that do not fit, no thought, or `estimated` without `trusted`.

@@ -76,7 +76,8 @@ class ThoughtExtras:
         log_proposal: of the distribution that thoughts were drawn from; None: the policy itself.
         log_prior: of a reference that scores are relative to.
         uniforms: random numbers of rules that draw.
-        surrogate: where its ensemble agrees, thoughts learn from its estimate of their reward; soft ones through it.
+        surrogate: where it trusts itself about all thoughts of an anchor, they learn from its estimates of their
+            rewards; soft ones through it.
     """
 
     log_proposal: Float[Tensor, "N A S"] | None = None

@@ -1,14 +1,19 @@
-"""A surrogate of a thought's reward: `r_ψ(h, x) ≈ E_y log p(y | h, x)` by an ensemble that says where it agrees.
+"""A surrogate of a thought's reward: `r_ψ(h, x) ≈ E_y log p(y | h, x)` by an ensemble that says where to trust it.
 
 It averages over the continuations y that a single text shows one of, costs no pass of the model, and is differentiable
 in the embeddings of a thought, mixtures of soft thoughts included. Members start from different weights and see
-different Bayesian bootstrap weights of the data, so that they agree where there were data and differ elsewhere.
+different Bayesian bootstrap weights of the data, so that they agree where there were data and differ elsewhere. That
+says nothing before they have learned: fresh members all say about 0. So estimates count where members agree and the
+ensemble's own recent error, on rewards it had not learned from, is as small; and for all thoughts of an anchor or for
+none, since rules compare thoughts with their siblings, which takes one scale. The error is of sampled rewards: what a
+single continuation y adds to the mean over y is in it, and a gate below that stays shut however good the mean is.
 
 Axes: K members, M anchors, S thoughts an anchor, n tokens a thought, D width. Left out: the optimiser and the data
 (ask about texts before it is fitted to them, and refresh it as the policy changes: trainers here fit it to every
 training batch after they have used its estimates), thoughts of different lengths.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from softrl.tokens.noise import sequence_seed
 
 Pooling = Literal["mean", "flatten"]
+ERROR_DECAY = 0.9  # of the running mean square error: about the last ten batches count; ours
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,8 @@ class SurrogateReward:
     Args:
         estimated: r_ψ, the mean over members, nats; differentiable.
         std_nats: standard deviation over members, with Bessel's correction; constant.
-        trusted: where it is below the threshold; constant.
+        trusted: the same for all thoughts of an anchor: where every one of them has a spread below the threshold, and
+            the ensemble's recent error is below it too; constant.
     """
 
     estimated: Float[Tensor, "M S"]
@@ -44,7 +51,8 @@ class RewardSurrogate(nn.Module):
         thought_length: n; read with pooling "flatten", where every token has its own weights.
         num_members: K >= 2.
         hidden_units: of every member.
-        max_std_nats: below this disagreement an estimate is trusted.
+        max_std_nats: estimates are trusted where the disagreement about all thoughts of an anchor is below it, once
+            the recent root mean square error on rewards not learned from is below it as well, see `observe`.
         pooling: "mean" over a thought's tokens, any number of them and in any order, or "flatten".
         seed: of the members' weights and of their bootstraps.
     Raises:
@@ -83,20 +91,50 @@ class RewardSurrogate(nn.Module):
         self.first, self.last = nn.Parameter(first), nn.Parameter(last)
         self.first_bias = nn.Parameter(torch.zeros(num_members, hidden_units))
         self.last_bias = nn.Parameter(torch.zeros(num_members))
+        self.mean_square_error: Tensor  # nats², of recent rewards; nothing is known of a fresh ensemble
+        self.register_buffer("mean_square_error", torch.tensor(math.inf))
 
     def members(self, context: Float[Tensor, "M D"], thoughts: Float[Tensor, "M S n D"]) -> Float[Tensor, "K M S"]:
         """Every member's reward; differentiable in all of it."""
         self._check(context, thoughts)
         pooled = thoughts.mean(-2) if self.pooling == "mean" else thoughts.flatten(-2)
         given = torch.cat([context[:, None].expand(-1, thoughts.shape[1], -1), pooled], -1)
-        hidden = torch.einsum("msi,kih->kmsh", given, self.first) + self.first_bias[:, None, None]
-        return torch.einsum("kmsh,kh->kms", nn.functional.gelu(hidden), self.last) + self.last_bias[:, None, None]
+        # In full precision: a half one's error of rewards of some nats is as large as what siblings differ by.
+        with torch.autocast(given.device.type, enabled=False):
+            hidden = torch.einsum("msi,kih->kmsh", given, self.first) + self.first_bias[:, None, None]
+            return torch.einsum("kmsh,kh->kms", nn.functional.gelu(hidden), self.last) + self.last_bias[:, None, None]
 
     def forward(self, context: Float[Tensor, "M D"], thoughts: Float[Tensor, "M S n D"]) -> SurrogateReward:
         """r_ψ(h, x), and where to trust it."""
         members = self.members(context, thoughts)
         std_nats = members.detach().std(0)  # a gate, not something to be made smaller by choosing thoughts
-        return SurrogateReward(members.mean(0), std_nats, std_nats < self.max_std_nats)
+        agrees = (std_nats < self.max_std_nats) & (self.rmse_nats < self.max_std_nats)
+        return SurrogateReward(members.mean(0), std_nats, agrees.all(-1, keepdim=True).expand(agrees.shape))
+
+    @property
+    def rmse_nats(self) -> Float[Tensor, ""]:
+        """Recent root mean square error, see `observe`; infinite before the first one."""
+        return self.mean_square_error.sqrt()
+
+    @torch.no_grad()
+    def observe(self, square_errors: Float[Tensor, "*batch"]) -> None:
+        """Take note of `(r_ψ − r)²` on rewards that it has not learned from: the only way to become trusted.
+
+        Whoever fits a surrogate calls this with estimates from before the fit's step, or of data kept from the fit.
+        `m ← a m + (1 − a) mean`, a = ERROR_DECAY; the first mean is taken whole, and one that follows what is not
+        finite.
+
+        Args:
+            square_errors: nats², at least one; of several processes the same on each, or they trust differently.
+        Raises:
+            ValueError: there is none.
+        """
+        if square_errors.numel() == 0:
+            raise ValueError("square_errors must hold at least one error, got none; leave out a batch without rewards")
+        seen = square_errors.mean().to(self.mean_square_error)
+        known = self.mean_square_error.isfinite()
+        running = ERROR_DECAY * self.mean_square_error + (1.0 - ERROR_DECAY) * seen
+        self.mean_square_error.copy_(torch.where(known, running, seen))
 
     def loss(
         self,
@@ -121,7 +159,8 @@ class RewardSurrogate(nn.Module):
             )
         errors = (self.members(context.detach(), thoughts.detach()) - rewards.detach()).square()
         weights = self.bootstrap_weights(rewards, batch)
-        return ((weights * errors).sum((-1, -2)) / weights.sum((-1, -2))).mean()
+        total = weights.sum((-1, -2)).clamp(min=torch.finfo(weights.dtype).tiny)  # 0 where there is no thought
+        return ((weights * errors).sum((-1, -2)) / total).mean()
 
     def bootstrap_weights(self, rewards: Float[Tensor, "M S"], batch: int) -> Float[Tensor, "K M S"]:
         """b of a batch: Exp(1) draws keyed by (seed, member, batch), on the rewards' device."""

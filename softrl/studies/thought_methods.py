@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softrl.estimators.pathwise import unbiased_for
@@ -39,8 +39,9 @@ def make_thought_estimator(method: Method, problem: ThoughtProblem) -> ThoughtEs
     """The estimator that a recipe names, with its surrogate fitted where it has one.
 
     A rule takes its own settings and `proposal`, `reference`; a relaxation those of `make_relaxation` and `hops`,
-    `feedback_discount`, `adjoint_clip`. Both take `surrogate` (none, gated: where its members agree, always), the
-    `surrogate_spread` in nats below which they do, `pooling`, and `pilot_draws` that it is fitted on.
+    `feedback_discount`, `adjoint_clip`. Both take `surrogate` (none, gated: where it trusts itself about all thoughts
+    of an anchor, always), the `surrogate_spread` in nats below which its members agree and its error is small enough,
+    `pooling`, and `pilot_draws` that it is fitted on; as many others tell its error.
 
     Raises:
         ValueError: an unknown name, a setting that the method does not have, or one outside its range.
@@ -73,6 +74,11 @@ def _by_rule(method: Method, problem: ThoughtProblem) -> ThoughtEstimator:
     reference = _choice(method, "reference", get_args(Reference))
     _check_rule(rule, proposal, reference, problem)
     surrogate = _surrogate(method, problem, proposal)
+    if isinstance(rule, PartitionLearned) and surrogate is not None and surrogate.max_std_nats < math.inf:
+        raise ValueError(
+            "estimator 'partition_learned': where its log Z converges is known for surrogate: none or always, and not "
+            "for rewards that a gate chooses by all thoughts of a draw; got gated"
+        )
     scored = float(problem.num_anchors * problem.num_samples)
     made = ThoughtEstimator(
         _declared(rule, proposal, surrogate, problem), scored, rule, proposal=proposal, reference=reference,
@@ -145,13 +151,28 @@ def _with_costs(made: ThoughtEstimator, problem: ThoughtProblem) -> ThoughtEstim
     if made.relaxation is not None and not made.relaxation.feeds_one_hot and surrogate.max_std_nats < math.inf:
         return made
     every = problem.every_thought()
-    said = surrogate(*surrogate_inputs(every.thoughts, every.passed, every.embeds))
-    read = (_log_proposal(made, every).exp() * ~said.trusted).sum()
-    return replace(made, reward_calls=problem.num_samples * float(read))
+    context, read = surrogate_inputs(every.thoughts, every.passed, every.embeds)
+    count = read.shape[1]
+    said = surrogate(context.repeat_interleave(count, 0), read.flatten(0, 1)[:, None])  # each by itself
+    trusted = _all_among(made, every, said.trusted.view(-1, count), problem.num_samples)
+    return replace(made, reward_calls=problem.num_samples * float((1.0 - trusted).sum()))
+
+
+def _all_among(
+    made: ThoughtEstimator, every: EveryThought, chosen: Bool[Tensor, "M H"], num_samples: int
+) -> Float[Tensor, "M"]:
+    """The probability that a draw's S thoughts are all among the chosen ones; exactly 1 where all thoughts are."""
+
+    def among(log_probs: Tensor) -> Tensor:
+        return 1.0 - (log_probs.exp() * ~chosen).sum(-1)
+
+    if made.proposal != "halves":
+        return among(_log_proposal(made, every)) ** num_samples
+    return (among(every.log_probs) * among(every.log_prior)) ** (num_samples // 2)
 
 
 def _surrogate(method: Method, problem: ThoughtProblem, proposal: Proposal) -> RewardSurrogate | None:
-    """Fitted on pilot thoughts of other draws, from the same proposal."""
+    """Fitted on pilot thoughts of other draws, from the same proposal; its error is that of further ones."""
     if _choice(method, "surrogate", SURROGATES) == "none":
         if unused := sorted(set(_SURROGATE_KEYS[1:]) & set(method.settings)):
             raise ValueError(f"estimator {method.name!r}: {unused} are of a surrogate; set surrogate: gated or always")
@@ -166,13 +187,21 @@ def _surrogate(method: Method, problem: ThoughtProblem, proposal: Proposal) -> R
         max_std_nats=spread if _choice(method, "surrogate", SURROGATES) == "gated" else math.inf, seed=problem.seed,
     )  # fmt: skip
     sampler = ThoughtEstimator(None, 0.0, proposal=proposal)
-    with torch.no_grad():
-        thoughts, _ = problem.thoughts(sampler, range(draws), PILOT_SEED)
-        passed, embeds = problem.passed(thoughts, draws)
-        seen = *surrogate_inputs(thoughts, passed, embeds), passed.rewards.flatten(0, 1).float()
+    seen, others = (_pilot(problem, sampler, range(first, first + draws)) for first in (0, draws))
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=_LEARNING_RATE)
     for _ in range(_FIT_STEPS):  # every step on all of the pilot, hence one key of the bootstrap's weights
         optimizer.zero_grad()
         surrogate.loss(*seen).backward()
         optimizer.step()
-    return surrogate.requires_grad_(False)
+    surrogate.requires_grad_(False)
+    *inputs, rewards = others
+    surrogate.observe((surrogate(*inputs).estimated - rewards).square())
+    return surrogate
+
+
+@torch.no_grad()
+def _pilot(problem: ThoughtProblem, sampler: ThoughtEstimator, numbers: range) -> tuple[Tensor, Tensor, Tensor]:
+    """What a surrogate reads of some draws, and the rewards."""
+    thoughts, _ = problem.thoughts(sampler, numbers, PILOT_SEED)
+    passed, embeds = problem.passed(thoughts, len(numbers))
+    return *surrogate_inputs(thoughts, passed, embeds), passed.rewards.flatten(0, 1).float()

@@ -63,7 +63,7 @@ class ThoughtEstimator:
         rule, relaxation: one of the two.
         adjoint: of soft thoughts.
         proposal, reference: of sampled ones.
-        surrogate: replaces rewards where it trusts itself.
+        surrogate: replaces rewards of the anchors where it trusts itself about all thoughts.
         log_z: of every anchor, for the rule that reads it.
     """
 

@@ -84,9 +84,11 @@ class QuietSTaRConfig(BaseConfig):
         relative_to_prior (`bool`, *optional*, defaults to `False`):
             Whether rules that compare thoughts score them by `log π − log π_prior`.
         reward_surrogate (`bool`, *optional*, defaults to `False`):
-            Fit an ensemble r_ψ to the rewards and learn thoughts from it where its members agree.
+            Fit an ensemble r_ψ to the rewards and learn thoughts from it where it is to be trusted.
         surrogate_spread (`float`, *optional*, defaults to `0.5`):
-            Largest standard deviation over the ensemble that is trusted, nats.
+            Estimates replace rewards where the standard deviation over the ensemble is below this for all thoughts
+            after a token, once the ensemble's recent root mean square error on rewards it has not learned from
+            (`surrogate/recent_rmse`) is below it too, nats. What one continuation differs from their mean is error.
         surrogate_learning_rate (`float`, *optional*, defaults to `1e-3`):
             Of the surrogate's own AdamW.
         base_weight, talk_weight, policy_weight, entropy_weight (`float`, *optional*, default to `1.0`, `1.0`, `1.0`
@@ -174,7 +176,7 @@ class QuietSTaRConfig(BaseConfig):
     )
     relative_to_prior: bool = field(default=False, metadata={"help": "Score thoughts relative to the prior."})
     reward_surrogate: bool = field(default=False, metadata={"help": "Learn thoughts from an ensemble of estimates."})
-    surrogate_spread: float = field(default=0.5, metadata={"help": "Largest spread that is trusted, nats."})
+    surrogate_spread: float = field(default=0.5, metadata={"help": "Largest spread and recent error to trust, nats."})
     surrogate_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the surrogate."})
     base_weight: float = field(default=1.0, metadata={"help": "Weight of the loss without thoughts."})
     talk_weight: float = field(default=1.0, metadata={"help": "Weight of the loss after thoughts."})

@@ -80,10 +80,11 @@ class ReasonerTrainingConfig(BaseConfig):
         objective (`str`, *optional*, defaults to `"reinforce"`):
             How the reasoner learns: a rule of [`~softrl.estimators.thought_rules`], `"reparameterised"` (through
             Gaussian or soft latents), `"surrogate"`: by `surrogate_rule` from an ensemble that is fitted to the
-            rewards by least squares, where its members agree, or `"cem"`: from the best latents that the
-            cross-entropy method finds after each token (a baseline, many times slower). The ensemble is fitted to
-            every batch of training text once, after it was asked about it: within the first epoch its estimates are
-            of texts that neither it nor the policy has seen; no text is kept from the policy for it.
+            rewards by least squares, where it is to be trusted (`surrogate_spread`), or `"cem"`: from the best
+            latents that the cross-entropy method finds after each token, by the same reward (a baseline, many times
+            slower). The ensemble is fitted to every batch of training text once, after it was asked about it: within
+            the first epoch its estimates are of texts that neither it nor the policy has seen; no text is kept from
+            the policy for it.
         objective_settings (`dict[str, Any]`, *optional*):
             Settings of the rule, for instance `{"positive_only": true}`, or of the search, see
             [`~softrl.estimators.cross_entropy_method.SearchSettings`].
@@ -116,7 +117,11 @@ class ReasonerTrainingConfig(BaseConfig):
         surrogate_rule (`str`, *optional*, defaults to `"reinforce"`):
             See `objective`.
         surrogate_spread (`float`, *optional*, defaults to `0.5`):
-            Largest standard deviation over the ensemble that is trusted, nats.
+            Estimates replace rewards where the standard deviation over the ensemble is below this for all thoughts
+            after a token, once the ensemble's recent root mean square error on rewards it has not learned from
+            (`surrogate/recent_rmse`) is below it too, nats. What one continuation differs from their mean is error:
+            on Shakespeare's characters it stays at 1.3 nats, and nothing is trusted. A larger value lets in estimates
+            that do not tell siblings apart.
         surrogate_learning_rate (`float`, *optional*, defaults to `1e-3`):
             Of the surrogate's own AdamW.
 
@@ -198,7 +203,7 @@ class ReasonerTrainingConfig(BaseConfig):
     surrogate_rule: str = field(
         default="reinforce", metadata={"help": "Rule of objective='surrogate'.", "choices": list(THOUGHT_RULES)}
     )
-    surrogate_spread: float = field(default=0.5, metadata={"help": "Largest spread that is trusted, nats."})
+    surrogate_spread: float = field(default=0.5, metadata={"help": "Largest spread and recent error to trust, nats."})
     surrogate_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the surrogate."})
 
     num_eval_thoughts: int = field(default=4, metadata={"help": "Thoughts after each token in an evaluation."})

@@ -24,6 +24,7 @@ from softrl.trainers.loading import load_model, model_name
 from softrl.trainers.plain_text_trainer import PlainTextTrainer
 from softrl.trainers.reasoner_config import SURROGATE, ReasonerTrainingConfig
 from softrl.trainers.reasoner_evaluation import ReasonedText, by_token, measured, num_parameters, summary
+from softrl.trainers.reference_state import ReferenceStateMixin
 from softrl.trainers.thought_surrogate import SurrogateFit, SurrogateStateMixin
 
 _EVALUATION_STEP = -1  # random streams of evaluations are not those of any training step
@@ -40,13 +41,13 @@ class TextBatch:
     indices: list[int]
 
 
-class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
+class ReasonerTrainer(SurrogateStateMixin, ReferenceStateMixin, PlainTextTrainer):
     """
     Trainer of latent reasoners on plain text.
 
     What it saves loads by transformers' Auto classes (import `softrl.models.reasoner` before). With respect to
-    `~transformers.Trainer` it overrides `compute_loss`, `log` (parameter counts), and what [`PlainTextTrainer`] and
-    [`SurrogateStateMixin`] list.
+    `~transformers.Trainer` it overrides `compute_loss`, `log` (parameter counts), and what [`PlainTextTrainer`],
+    [`SurrogateStateMixin`] and [`ReferenceStateMixin`] list.
 
     Example:
 
@@ -211,7 +212,9 @@ class ReasonerTrainer(SurrogateStateMixin, PlainTextTrainer):
         assert search is not None
         assert targets is not None
         seed = sequence_seed(self.args.seed, self.state.global_step, _DRAWS)
-        found = searched_thoughts(model, batch.ids, batch.mask, targets, search, seed, batch.indices)
+        found = searched_thoughts(
+            model, batch.ids, batch.mask, targets, search, seed, batch.indices, self.objective.beta
+        )
         return model.think(model.read(batch.ids, batch.mask), values=found.values).log_probs.sum(-1)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from softrl.assets import resolve_model
 from softrl.models.thinking import ThinkingConfig, ThinkingLM, is_thinking_folder
 from softrl.trainers.loading import load_model, with_adapter, without_adapters
 from softrl.trainers.quietstar_config import QuietSTaRConfig
+from softrl.trainers.reference_state import ReferenceStateMixin
 from softrl.trainers.thought_surrogate import SurrogateStateMixin
 
 # Of a model that thinks, and what the trainer's arguments call them.
@@ -23,9 +24,9 @@ _SETTINGS = {
 }  # fmt: skip
 
 
-class ThinkingModelMixin(SurrogateStateMixin):
+class ThinkingModelMixin(SurrogateStateMixin, ReferenceStateMixin):
     """
-    How a [`ThinkingLM`] and what is fitted beside it are saved and loaded.
+    How a [`ThinkingLM`], what is fitted beside it and what it is compared with are saved and loaded.
 
     Overrides `_save`, `_load_from_checkpoint` and `_load_best_model` of [`~transformers.Trainer`].
     """

@@ -19,7 +19,8 @@ _FILE = "surrogate.pt"
 class SurrogateFit:
     """A surrogate with an AdamW of its own.
 
-    A batch is estimated before the surrogate has learned from it, so that estimates are of text it has not seen.
+    A batch is estimated before the surrogate has learned from it, so that estimates, and the error that says whether
+    to trust them, are of text it has not seen.
 
     Args:
         width: D.
@@ -54,16 +55,26 @@ class SurrogateFit:
     def learn_from(self, context: Tensor, read: Tensor, rewards: Tensor, accelerator: Accelerator) -> dict[str, float]:
         """The same from what the surrogate reads: contexts [M, D], thoughts [M, S, n, D] and their rewards [M, S]."""
         before = self.surrogate(context, read)
+        errors = (before.estimated.detach() - rewards).square()
         loss = self.surrogate.loss(context, read, rewards, batch=self.num_updates)
         gradients = torch.autograd.grad(loss, list(self.surrogate.parameters()))
         for parameter, gradient in zip(self.surrogate.parameters(), gradients, strict=True):
             parameter.grad = accelerator.reduce(gradient, "mean")
         self.optimizer.step()
         self.num_updates += 1
-        error = (before.estimated.detach() - rewards).square().mean().sqrt()
-        numbers = torch.stack([error, before.trusted.float().mean(), before.std_nats.mean()])
-        found = accelerator.gather(numbers[None]).mean(0).tolist()
-        return {f"surrogate/{name}": value for name, value in zip(("rmse", "trusted", "spread"), found, strict=True)}
+        sums = [errors.sum(), before.trusted.float().sum(), before.std_nats.sum(), rewards.new_tensor(rewards.numel())]
+        *found, count = accelerator.gather(torch.stack(sums)[None]).sum(0)
+        if count == 0:  # nothing in the batch counts, on any process
+            return {}
+        square, trusted, spread = (each / count for each in found)
+        self.surrogate.observe(square)
+        numbers = {
+            "rmse": square.sqrt(),
+            "recent_rmse": self.surrogate.rmse_nats,
+            "trusted": trusted,
+            "spread": spread,
+        }
+        return {f"surrogate/{name}": value.item() for name, value in numbers.items()}
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint keeps."""
@@ -73,7 +84,16 @@ class SurrogateFit:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: its surrogate does not know its own error.
+        """
+        if "mean_square_error" not in state["surrogate"]:
+            raise ValueError(
+                "the checkpoint's surrogate has no mean_square_error: an older softrl wrote it, which trusted "
+                "estimates without asking for their error; start a new run from its model instead of resuming it"
+            )
         self.surrogate.load_state_dict(state["surrogate"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.num_updates = state["num_updates"]

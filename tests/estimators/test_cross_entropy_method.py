@@ -166,6 +166,14 @@ def test_searches_after_tokens_find_what_enumeration_finds(kind):
         assert ((best - found.rewards[..., 0]) < 0.3 * spread).all()
     rewards = again.gather(-1, targets[:, :, None, None].expand(*again.shape[:3], 1))[..., 0]
     torch.testing.assert_close(found.rewards, rewards)
+    if kind == "discrete":  # with the prediction's entropy in the reward, others are best
+        entropy = -(talk.exp() * talk).sum(-1)
+        many = SearchSettings(num_rounds=1, num_samples=200, num_elites=1)  # 16 thoughts
+        scored = searched_thoughts(model, ids, None, targets, many, seed=3, beta=20.0)
+        torch.testing.assert_close(scored.rewards[..., 0], (every_reward + 20.0 * entropy).max(-1).values)
+        chosen = (every_reward + 20.0 * entropy).argmax(-1)
+        assert torch.equal(scored.values[:, :, 0], every[chosen])
+        assert not torch.equal(chosen, every_reward.argmax(-1))
     alone = searched_thoughts(model, ids[1:], None, targets[1:], settings, seed=3, row_ids=[1])
     assert torch.equal(alone.values[0], found.values[1]), "a row's search is its own"
 

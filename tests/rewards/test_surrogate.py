@@ -1,10 +1,12 @@
-"""The surrogate of thoughts' rewards: its loss against loops, what it learns, where it agrees, and its gradients."""
+"""The surrogate of thoughts' rewards: its loss against loops, what it learns, what it trusts, and its gradients."""
+
+import math
 
 import jaxtyping
 import pytest
 import torch
 
-from softrl.rewards.surrogate import RewardSurrogate
+from softrl.rewards.surrogate import ERROR_DECAY, RewardSurrogate
 
 M, S, N, D = 5, 3, 2, 4
 
@@ -27,13 +29,15 @@ def truth(context, thoughts):
     return -2.0 + pooled[..., 0] + 0.5 * (context[:, None] * pooled).sum(-1).tanh()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "flatten"])
-def test_members_mean_and_spread_against_loops(pooling):
-    model = surrogate(pooling=pooling, max_std_nats=0.5)
+@pytest.mark.parametrize(("pooling", "threshold"), [("mean", 0.7), ("flatten", 1.3)])
+def test_members_mean_and_spread_against_loops(pooling, threshold):
+    model = surrogate(pooling=pooling, max_std_nats=threshold)
+    model.observe(torch.tensor(0.01))
     context, thoughts = batch()
     found = model(context, thoughts)
-    trusted = 0
+    trusted = mixed = 0
     for m in range(M):
+        spreads = []
         for s in range(S):
             thought = thoughts[m, s].mean(0) if pooling == "mean" else thoughts[m, s].reshape(-1)
             x = torch.cat([context[m], thought])
@@ -42,9 +46,12 @@ def test_members_mean_and_spread_against_loops(pooling):
             torch.testing.assert_close(found.estimated[m, s], each.mean(), rtol=1e-12, atol=1e-12)
             spread = ((each - each.mean()).square().sum() / 2).sqrt()
             torch.testing.assert_close(found.std_nats[m, s], spread.detach(), rtol=1e-12, atol=1e-12)
-            assert bool(found.trusted[m, s]) == bool(spread < 0.5)
-            trusted += int(found.trusted[m, s])
-    assert 0 < trusted < M * S, "a threshold on one side of everything shows nothing"
+            spreads.append(spread.item())
+        agrees = [spread < threshold for spread in spreads]
+        assert found.trusted[m].tolist() == [all(agrees)] * S, "siblings are compared: all of them or none"
+        trusted, mixed = trusted + all(agrees), mixed + (any(agrees) and not all(agrees))
+    assert trusted > 0, "a threshold on one side of everything shows nothing"
+    assert mixed > 0, "where members disagree about no or all siblings, their set shows nothing"
     assert found.estimated.requires_grad
     assert not found.std_nats.requires_grad
 
@@ -115,13 +122,78 @@ def test_it_averages_over_continuations_and_knows_where_it_was_fitted():
     model = fitted(surrogate(hidden_units=32, max_std_nats=0.3), 1500, noise=1.0)
     context, thoughts = batch(5, count=300)
     found, wanted = model(context, thoughts), truth(context, thoughts)
-    error = (found.estimated - wanted).square().mean().sqrt()
-    assert error < 0.2
-    assert error < 0.3 * wanted.std()
-    far = model(*batch(6, count=300, scale=6.0))
+    errors = (found.estimated - wanted).square()
+    assert errors.mean().sqrt() < 0.2
+    assert errors.mean().sqrt() < 0.3 * wanted.std()
+    single = (found.estimated - wanted - numbers(300, S, seed=9)).square()
+    model.observe(single)
+    assert not model(context, thoughts).trusted.any(), "single continuations differ from their mean by more than 0.3"
+    assert model.rmse_nats == pytest.approx(1.0, abs=0.1)
+    for _ in range(60):  # rewards that average many
+        model.observe(errors)
+    found, far = model(context, thoughts), model(*batch(6, count=300, scale=6.0))
     assert found.trusted.double().mean() > 0.9
     assert far.trusted.double().mean() < 0.5
     assert far.std_nats.mean() > 3.0 * found.std_nats.mean()
+
+
+def test_nothing_is_trusted_before_it_has_learned():
+    """Fresh members say about 0, and so agree; what they say of rewards of −2 nats is worth nothing."""
+    model = surrogate(hidden_units=32, max_std_nats=0.3, num_members=5)
+    with torch.no_grad():
+        model.last.mul_(0.1)
+    context, thoughts = batch(5, count=64)
+    assert model(context, thoughts).std_nats.max() < 0.3
+    trusted, apart = [], []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(500):
+        context, thoughts = batch(1000 + 3 * step, count=32)
+        rewards = truth(context, thoughts)
+        said = model(context, thoughts)
+        trusted.append(said.trusted.double().mean().item())
+        apart.append((said.estimated - rewards).square().mean().sqrt().item())
+        model.observe((said.estimated.detach() - rewards).square())
+        optimizer.zero_grad()
+        model.loss(context, thoughts, rewards, step).backward()
+        optimizer.step()
+    first = next(step for step, share in enumerate(trusted) if share > 0.0)
+    assert apart[0] > 1.5
+    assert min(apart[:20]) > 0.5
+    assert max(apart[first : first + 10]) < 0.45
+    assert min(trusted[-50:]) > 0.5
+
+
+def test_the_recent_error_is_a_running_mean():
+    model = surrogate(max_std_nats=0.5)
+    context, thoughts = batch(scale=0.01)
+    assert math.isinf(model.rmse_nats)
+    assert not model(context, thoughts).trusted.any()
+    model.observe(torch.tensor([math.nan]))
+    assert not model(context, thoughts).trusted.any()
+    model.observe(torch.tensor([[3.0, 5.0]]))  # the first, whole
+    assert model.rmse_nats == pytest.approx(2.0)
+    model.observe(torch.tensor([0.0]))
+    assert model.rmse_nats == pytest.approx((4.0 * ERROR_DECAY) ** 0.5)
+    for _ in range(26):
+        model.observe(torch.zeros(2))
+    assert model.rmse_nats == pytest.approx((4.0 * ERROR_DECAY**27) ** 0.5)  # 0.48
+    assert (model(context, thoughts).trusted == (model(context, thoughts).std_nats < 0.5)).all()
+    again = surrogate(max_std_nats=0.5)
+    again.load_state_dict(model.state_dict())
+    assert again.rmse_nats == model.rmse_nats
+
+
+def test_no_thoughts_teach_nothing():
+    model = surrogate()
+    model.loss(numbers(0, D), numbers(0, S, N, D), numbers(0, S)).backward()
+    assert all((parameter.grad == 0.0).all() for parameter in model.parameters())
+
+
+def test_mixed_precision_leaves_estimates_as_they_are():
+    model, (context, thoughts) = surrogate().float(), batch()
+    expected = model(context.float(), thoughts.float()).estimated
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(context.float(), thoughts.float()).estimated, expected)
 
 
 def test_bootstraps_alone_make_members_disagree():
@@ -157,6 +229,7 @@ def unchecked():
             lambda: surrogate(pooling="flatten")(numbers(M, D), numbers(M, S, 3, D)),
             r"must have 2 tokens \(thought_length\).*got 3; pooling='mean'",
         ),
+        (lambda: surrogate().observe(torch.zeros(0)), "square_errors must hold at least one error, got none"),
         (
             lambda: surrogate().loss(*batch(), numbers(M)),
             r"rewards must have the shape \[M, S\] = \[5, 3\].*got \[5\]",

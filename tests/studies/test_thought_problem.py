@@ -14,7 +14,6 @@ from softrl.cli.arguments import find_recipe
 from softrl.estimators.moments import bonferroni_bound, largest_z, moments
 from softrl.estimators.thought_exact import all_multisets, expected_value
 from softrl.estimators.thought_rules import THOUGHT_RULES
-from softrl.estimators.thoughts import surrogate_inputs, trusted_value
 from softrl.rewards.surrogate import RewardSurrogate, SurrogateReward
 from softrl.studies.draws import whole_gradients
 from softrl.studies.methods import Method
@@ -333,48 +332,6 @@ def test_straight_through_gumbel_thinks_the_same_thoughts():
     assert torch.equal(hard.tokens, soft.tokens)
 
 
-# Surrogates and costs
-
-
-def test_reward_calls_are_those_that_are_read(monkeypatch):
-    monkeypatch.setattr("softrl.studies.thought_methods._FIT_STEPS", 10)
-    problem = problem_of(num_samples=4)
-    calls = problem.num_anchors * 4
-    assert made(problem, "rloo").reward_calls == calls
-    assert made(problem, rule("rloo", surrogate="always")).reward_calls == 0.0
-    every = problem.every_thought()
-    always = made(problem, rule("rloo", surrogate="always", pilot_draws=4)).surrogate
-    middle = always(*surrogate_inputs(every.thoughts, every.passed, every.embeds)).std_nats.median().item()
-    gated = made(problem, rule("rloo", surrogate="gated", surrogate_spread=middle, pilot_draws=4))
-    assert 0.0 < gated.reward_calls < calls
-    with_talk = made(problem_of(num_samples=4, part="whole"), rule("rloo", surrogate="always"))
-    assert with_talk.reward_calls == calls
-    assert made(problem, rule("st_gumbel", surrogate="always", pilot_draws=4)).reward_calls == 0.0
-    mixtures = rule("gumbel_softmax", surrogate="gated", pilot_draws=4)
-    assert made(problem, mixtures).reward_calls == calls
-
-
-def test_a_surrogate_learns_the_rewards():
-    problem = problem_of(num_samples=4)
-    every = problem.every_thought()
-    always = made(problem, rule("rloo", surrogate="always", pooling="flatten"))
-    assert always.unbiased_for is None
-    estimated = trusted_value(always.surrogate, every.thoughts, every.passed, every.embeds).flatten(0, 1)
-    weights = every.log_probs.exp()
-    error = (weights * (estimated - every.rewards).square()).sum(-1)
-    spread = (weights * (every.rewards - (weights * every.rewards).sum(-1, keepdim=True)).square()).sum(-1)
-    assert (error < 0.1 * spread).all()
-    assert not any(parameter.requires_grad for parameter in always.surrogate.parameters())
-
-
-def test_a_gate_that_trusts_nothing_changes_nothing():
-    problem = problem_of()
-    shut = made(problem, rule("rloo", surrogate="gated", surrogate_spread=1e-12, pilot_draws=4))
-    torch.testing.assert_close(
-        problem.draws(shut, 0, 8).gradients, problem.draws(made(problem, "rloo"), 0, 8).gradients
-    )
-
-
 # Recipes and settings
 
 
@@ -424,6 +381,7 @@ def test_bad_settings_name_what_is_wrong(tmp_path, settings, message):
         (rule("rloo", surrogate="always", pilot_draws=0), "pilot_draws must be at least 1"),
         (rule("rloo", surrogate="gated", surrogate_spread=0.0), "max_std_nats must be positive"),
         (rule("rloo", surrogate="always", pooling="max"), "pooling must be one of"),
+        (rule("partition_learned", surrogate="gated", pilot_draws=4), "known for surrogate: none or always"),
         (rule("st_gumbel", proposal="prior"), r"no setting \['proposal'\]"),
         (rule("st_gumbel", hops=-1), "hops must be at least 0"),
         (rule("st_gumbel", top_k=9), "larger than the vocabulary"),

@@ -45,10 +45,11 @@ def with_adapters(**config):
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora"), [*((kind, False) for kind in KINDS), ("surrogate", True), ("partition_learned", True)]
+    ("kind", "lora"),
+    [*((kind, False) for kind in KINDS), ("surrogate", True), ("mixture", True), ("partition_learned", True)],
 )
 def test_a_run_goes_on_exactly(tmp_path, kind, lora):
-    """From a SIGTERM, in float32, as users train."""
+    """From a SIGTERM, in float32, as users train; whatever the thoughts that the second trainer is made with."""
 
     def run(name):
         model = None
@@ -63,6 +64,9 @@ def test_a_run_goes_on_exactly(tmp_path, kind, lora):
     half.train()
     assert half.state.global_step == 2
     assert damage(tmp_path / "stopped" / "checkpoint-2") is None
+    with torch.no_grad():
+        for each in filter(None, (resumed.model, resumed.prior)):
+            each.start.add_(0.3)
     resumed.train(resume_from_checkpoint=True)
     assert numbers_of(resumed) == numbers_of(straight)
     torch.testing.assert_close(parameters_of(resumed), parameters_of(straight), rtol=0.0, atol=0.0)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from estimators.reasoners import reasoner
 from helpers import V, llama
@@ -107,7 +106,23 @@ def test_every_objective_takes_steps_and_moves_the_reasoner(tmp_path, objective)
     assert {"latent_head.weight", "start", "cores.C.decoder.cells.0.weight_hh"} <= moved
     assert "cores.A.decoder.embed_tokens.weight" in moved
     if objective == "surrogate":
-        assert all(0.0 < share <= 1.0 for share in logs_of(trainer, "surrogate/trusted"))
+        assert logs_of(trainer, "surrogate/trusted") == [0.0, 1.0, 1.0], "whatever the gate, not before it has learned"
+
+
+def test_a_search_is_for_the_reward_that_is_learned(tmp_path):
+    """With the prediction's entropy in it, at a weight that makes it all that counts."""
+    settings = {"num_rounds": 4, "num_samples": 30, "num_elites": 1}
+    trainer = trained(tmp_path, objective="cem", objective_settings=settings, beta=1000.0)
+    batch = trainer.batch([trainer.train_dataset[0]])
+    output = trainer.passed(trainer.model, batch, 0)
+    with torch.no_grad():
+        found = trainer._elite_log_probs(trainer.model, output, batch)
+        every = torch.cartesian_prod(torch.arange(3), torch.arange(3)).expand(1, 6, -1, -1)
+        all_thoughts = trainer.model(batch.ids, batch.mask, values=every)
+        talk = all_thoughts.talk_log_probs
+        best = -(talk.exp() * talk).sum(-1)
+        expected = all_thoughts.thought_log_probs.gather(-1, best.argmax(-1, keepdim=True))
+    torch.testing.assert_close(found[:, :-1], expected[:, :-1])
 
 
 @pytest.mark.parametrize(
@@ -149,24 +164,6 @@ def test_objectives_with_a_reference_learn_from_its_thoughts(tmp_path, settings)
     assert torch.equal(evaluated.thought_values, own_thoughts.thought_values), "an evaluation is of the policy's own"
 
 
-def test_the_surrogate_tells_the_order_of_latents(tmp_path):
-    """Thoughts of two of three codes, the reward 1 nat where the first is smaller: a mean over latents shows nothing.
-
-    Estimates that are trusted would all be about 0.
-    """
-    fit = trained(tmp_path, objective="surrogate", surrogate_learning_rate=0.01, surrogate_spread=0.3).surrogate
-    pairs = torch.tensor([(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)])
-    codes = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    context = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    embeds = codes[pairs].expand(4, -1, -1, -1)
-    rewards = torch.where(pairs[:, 0] < pairs[:, 1], 1.0, -1.0).expand(4, -1)
-    for _ in range(200):
-        fit.learn_from(context, embeds, rewards, Accelerator())
-    said = fit.surrogate(context, embeds)
-    assert said.trusted.all()
-    assert (said.estimated - rewards).abs().max() < 0.2
-
-
 @pytest.mark.parametrize("objective", ["reinforce", "cem", "reparameterised"])
 def test_policy_weight_zero_leaves_thoughts_as_they_were(tmp_path, objective):
     trainer = trained(tmp_path, objective=objective, policy_weight=0.0)
@@ -194,18 +191,34 @@ def test_with_adam_the_policys_weight_acts_on_predictions_where_they_share_weigh
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4}
 
 
-@pytest.mark.parametrize("objective", ["reinforce", "surrogate", "nca", "trice", "cem"])
+@pytest.mark.parametrize("objective", ["reinforce", "surrogate", "nca", "partition", "trice", "cem"])
 def test_a_run_goes_on_exactly(tmp_path, objective):
-    """In float32, as users train."""
-    whole = trained(tmp_path / "whole", float32=True, objective=objective, **SAVING)
+    """In float32, as users train; whatever model the second trainer is made with."""
+    settings = {"objective_settings": {"log_z": "importance"}} if objective == "partition" else {}
+    settings |= {"objective": objective, **SAVING}
+    whole = trained(tmp_path / "whole", float32=True, **settings)
     whole.train()
-    again = trained(tmp_path / "whole", float32=True, objective=objective, **SAVING)
+    again = trained(tmp_path / "whole", reasoner(seed=1).float(), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert numbers_of(again) == numbers_of(whole)
     torch.testing.assert_close(parameters_of(again), parameters_of(whole), rtol=0.0, atol=0.0)
     if objective == "surrogate":
         for name, value in whole.surrogate.surrogate.state_dict().items():
             assert torch.equal(value, again.surrogate.surrogate.state_dict()[name]), name
+
+
+def test_a_reference_is_not_made_up_where_a_run_goes_on(tmp_path):
+    trained(tmp_path, **SAVING).train()
+    with pytest.raises(ValueError, match=r"checkpoint-4 has no reference\.pt, the model that its run began with"):
+        trained(tmp_path, objective="nca", **{**SAVING, "max_steps": 6}).train(resume_from_checkpoint=True)
+    trainer = trained(tmp_path / "nca", objective="nca", **SAVING)
+    trainer.train()
+    path = tmp_path / "nca" / "checkpoint-4" / "reference.pt"
+    state = torch.load(path, weights_only=True)
+    del state["start"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"is of another kind of model: \['start'\] are in one of the two"):
+        trainer._load_optimizer_and_scheduler(str(path.parent))
 
 
 def test_an_evaluation_is_of_tokens_and_averages_thoughts_in_probability(tmp_path):
