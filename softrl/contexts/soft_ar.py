@@ -11,7 +11,7 @@ Output "tokens" keeps the model's head. Output "embedding" puts out one vector y
 for collapses (`collapse`) may stand beside either, and is saved with the model.
 
 Left out: transformers' cache arguments. Step by step decoding with a cache inside the window is `window_state`,
-which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token.
+which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token (`soft_ar_generation`).
 """
 
 import inspect
@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.distance_head import DistanceHead
 from softrl.contexts.soft_ar_config import Output, SoftARConfig
+from softrl.contexts.soft_ar_generation import WholeHistoryGeneration, refuse_cache
 from softrl.contexts.window import LearnedNormalisation, WindowLayout, Windows, windows
 from softrl.contexts.window_state import WindowState
 from softrl.models.policy import model_logits
@@ -194,7 +195,7 @@ class SoftARModel(SoftARPreTrainedModel):
         return frozenset(inspect.signature(self.backbone.forward).parameters)
 
 
-class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
+class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, GenerationMixin):
     """A softAR model with its head; loads by transformers' Auto classes once this module is imported.
 
     Example:
@@ -306,6 +307,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         memory_of: Int[Tensor, "N"] | None = None,
         labels: Int[Tensor, "N n"] | None = None,
         logits_to_keep: int = 0,
+        cache: Any = None,
+        past_key_values: Any = None,
         **ignored: Any,
     ) -> CausalLMOutput:
         """Logits of the next token at every position, of either output; see `SoftARModel.forward`.
@@ -314,8 +317,12 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
             labels: the tokens themselves, −100 where the loss leaves them out; the loss is the mean cross-entropy of
                 those that a token stands before.
             logits_to_keep: without labels, compute the last so many positions only; 0 for all.
+            cache, past_key_values: transformers' names of a cache; an empty one is ignored.
             ignored: what transformers' generation passes along, such as position ids, which are the window's here.
+        Raises:
+            ValueError: as `SoftARModel.forward`, or a cache that holds something.
         """
+        refuse_cache(cache, past_key_values)
         output = self.model(input_ids, attention_mask, inputs_embeds, soft_mask, soft_embeds, memory_of)
         if labels is None:
             return CausalLMOutput(logits=self.logits(output.last_hidden_state[:, -logits_to_keep:]))

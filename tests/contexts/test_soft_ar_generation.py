@@ -1,0 +1,81 @@
+"""`model.generate` of softAR models: the same text however it is asked for, or an error."""
+
+import pytest
+import torch
+from contexts.test_soft_ar import MODELS, embedded, soft_ar, texts
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import DynamicCache, GenerationConfig
+
+WRITE = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+
+
+def greedy(model, ids, count=8):
+    """By the forward pass alone."""
+    for _ in range(count):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_that_is_asked_for_changes_nothing(name):
+    model, ids = soft_ar(name, tied=False), texts(2, 11)
+    expected = greedy(model, ids)
+    assert torch.equal(model.generate(ids, **WRITE, use_cache=True), expected)
+    config = GenerationConfig(**WRITE, use_cache=True)
+    assert torch.equal(model.generate(ids, generation_config=config), expected)
+    assert torch.equal(model.generate(ids, **WRITE, cache=DynamicCache()), expected)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_text_begins_with_embeddings(use_cache):
+    model, ids = soft_ar("llama"), texts(3, 6)
+    expected = greedy(model, ids)
+    x = embedded(model, ids)
+    assert torch.equal(model.generate(inputs_embeds=x, **WRITE, use_cache=use_cache), expected[:, 6:])
+    # Vectors of no token, and a padded row.
+    padded = torch.cat([torch.randn(1, 3, x.shape[-1], dtype=x.dtype), x[:1]], 1)
+    mask = torch.arange(9)[None] >= 3
+    found = model.generate(inputs_embeds=padded, attention_mask=mask.long(), **WRITE, use_cache=use_cache)
+    assert torch.equal(found, expected[:1, 6:])
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_beams_are_those_without_a_cache(use_cache):
+    model, ids = soft_ar("llama"), texts(2, 7)
+    beams = model.generate(ids, **WRITE, num_beams=3, use_cache=use_cache)
+    by_embeds = model.generate(inputs_embeds=embedded(model, ids), **WRITE, num_beams=3, use_cache=use_cache)
+    assert torch.equal(by_embeds, beams[:, 7:])
+    scores = []
+    for found in (beams, greedy(model, ids)):  # beams are at least as likely, which a wrong history is not
+        log_probs = model(found).logits.log_softmax(-1)[:, 6:-1]
+        scores.append(log_probs.gather(-1, found[:, 7:, None]).sum((1, 2)))
+    assert (scores[0] >= scores[1] - 1e-9).all()
+
+
+def test_what_needs_a_real_cache_is_refused():
+    model, ids = soft_ar(), texts(2, 11)
+    states = torch.zeros(2, 2, 4, 8)
+    full = DynamicCache()
+    full.update(states, states, 0)
+    for name in ("past_key_values", "cache"):
+        with pytest.raises(ValueError, match=r"holds 4 tokens or layers, and softAR models read whole histories"):
+            model(ids, **{name: full})
+    with pytest.raises(ValueError, match="holds 1 tokens or layers"):
+        model(ids, past_key_values=((states, states),))
+    with pytest.raises(ValueError, match="holds 4 tokens or layers"):
+        model.generate(ids, **WRITE, cache=full)
+    with pytest.raises(ValueError, match="to generate, exactly one of the two"):
+        model.generate(ids, inputs_embeds=embedded(model, ids), **WRITE)
+    with pytest.raises(ValueError, match="prefill_chunk_size=4 needs a cache of the chunks before"):
+        model.generate(ids, **WRITE, use_cache=True, prefill_chunk_size=4)
+    assert torch.equal(model(ids, past_key_values=DynamicCache(), use_cache=True).logits, model(ids).logits)
+
+
+def test_adapters_with_virtual_tokens():
+    model, ids = soft_ar("llama").float(), texts(1, 6)
+    sizes = {"num_virtual_tokens": 2, "num_layers": 2, "token_dim": 16, "num_attention_heads": 4}
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **sizes)).eval()
+    assert torch.equal(tuned.generate(input_ids=ids, **WRITE, use_cache=True), tuned.generate(input_ids=ids, **WRITE))
+    prefixed = get_peft_model(soft_ar("llama").float(), PrefixTuningConfig(task_type="CAUSAL_LM", **sizes)).eval()
+    with pytest.raises(ValueError, match="softAR models read whole histories"):
+        prefixed.generate(input_ids=ids, **WRITE)
