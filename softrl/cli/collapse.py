@@ -69,4 +69,5 @@ def written(given: argparse.Namespace, policy: Any, tokenizer: Any, decoding: An
     return soft_ar_generate(
         policy.causal_lm, made.prompts, given.max_new_tokens, decoding.answering.next_token,
         writing(policy.causal_lm), given.num_samples, eos_token_ids(policy.model, tokenizer), given.seed,
+        indices=made.indices,
     )  # fmt: skip

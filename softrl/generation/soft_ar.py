@@ -101,6 +101,7 @@ def soft_ar_generate(
     eos_ids: tuple[int, ...] = (),
     seed: int = 0,
     pad_id: int = 0,
+    indices: list[int] | None = None,
 ) -> SoftARText:
     """Go on with prompts of any length for any number of tokens.
 
@@ -114,6 +115,7 @@ def soft_ar_generate(
         eos_ids: a text ends where its token, what a soft one would become included, is one of these.
         seed: random numbers are keyed by it, the prompt's number and the sample.
         pad_id: what stands behind a text's end.
+        indices: the prompts' numbers, so that a prompt has the same draws in every batch; by default 0, 1, ...
     Returns:
         N = B * G rows of T tokens at most; T is cut to the longest.
     Raises:
@@ -126,7 +128,9 @@ def soft_ar_generate(
     if soft is not None and not layout.num_soft:
         raise ValueError("soft: the model's window has no place for soft tokens (num_soft=0); pass None")
     policy, rows = Policy(model), prompts.repeated(num_samples)
-    random = SequenceRandom.keyed(seed, 0, list(range(len(prompts.ids))), num_samples, prompts.ids.device)
+    random = SequenceRandom.keyed(
+        seed, 0, list(range(len(prompts.ids))) if indices is None else indices, num_samples, prompts.ids.device
+    )
     check_rollout(policy, prompts, max_new_tokens, num_samples, random)
     ended, mask, steps = torch.zeros_like(rows.mask[:, 0]), [], _Writing([], [], [], [], [], [])
     contexts: list[Tensor] = []

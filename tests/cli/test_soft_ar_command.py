@@ -140,6 +140,25 @@ def test_a_window_without_what_a_collapse_needs(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A model with more hard places than the prompts have tokens, saved as run."""
+    monkeypatch.chdir(tmp_path)
+    SoftARForCausalLM.from_backbone(llama().float(), WindowLayout(1, 3, 6, 2)).save_pretrained("run")
+    word_tokenizer().save_pretrained("run")
+    return ["--model", "run", "--collapse", "all", "--max_new_tokens", "5"]
+
+
+def test_draws_do_not_depend_on_the_batch(saved, capsys):
+    command = [*saved, "--prompt", "w3 w4", "--prompt", "w3 w4", "--do_sample", "--temperature", "3"]
+    assert generate.main(command) == 0
+    together = capsys.readouterr().out
+    assert generate.main([*command, "--batch_size", "1"]) == 0
+    assert capsys.readouterr().out == together
+    texts = [line for line in together.splitlines() if line]
+    assert texts[0] != texts[-1]  # two prompts of the same words have draws of their own
+
+
 def vowels(tokens):
     """A differentiable reward of soft tokens: how often ids are even."""
     return ((tokens.weights * (tokens.ids % 2 == 0)).sum(-1) * tokens.survival).sum(-1)

@@ -133,6 +133,16 @@ def test_draws_belong_to_a_row_and_not_to_its_batch():
     assert not torch.equal(soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=6).tokens, text.tokens[:2])
 
 
+def test_draws_are_those_of_a_prompt_s_number():
+    model, prompts = soft_ar(), batch()
+    sampled = NextToken(temperature=1.3, top_k=9)
+    text = soft_ar_generate(model, prompts, T, sampled, num_samples=2, seed=5)
+    alone = Prompts(prompts.ids[1:2], prompts.mask[1:2])
+    numbered = soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=5, indices=[1])
+    assert torch.equal(numbered.tokens, text.tokens[2:4])
+    assert not torch.equal(soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=5).tokens, text.tokens[2:4])
+
+
 def test_softrl_s_own_decoding_writes_the_same():
     """`softrl generate` goes through this; with hard, greedy tokens there is one right text."""
     model, prompts = soft_ar(), batch()
