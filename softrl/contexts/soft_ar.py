@@ -30,7 +30,7 @@ from softrl.contexts.soft_ar_config import Output, SoftARConfig
 from softrl.contexts.soft_ar_generation import WholeHistoryGeneration, refuse_cache
 from softrl.contexts.window import LearnedNormalisation, WindowLayout, Windows, windows
 from softrl.contexts.window_state import WindowState
-from softrl.models.policy import model_logits
+from softrl.models.policy import Policy, model_logits
 from softrl.models.state import DecodeState, PrefixState, positions
 
 NO_MEMORY = -1  # of `memory_of`: a row that sees none
@@ -234,10 +234,18 @@ class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, Generatio
             layout: the window.
             output: "embedding" leaves the LM's head behind for a new one.
             settings: further arguments of `SoftARConfig`.
+        Raises:
+            ValueError: the LM reads what the attention mask leaves out, as RWKV does: slots are empty at first, and
+                rows of a batch move on at different times.
         """
         window = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
         config = SoftARConfig(backbone_config=lm.config.to_dict(), window=window, output=output, **settings)
         model: Any = cls(config)
+        if not Policy(lm).honours_padding:
+            raise ValueError(
+                f"lm: {type(lm).__name__} does not leave out what attention_mask says, and windows have empty places "
+                "(slots of nothing yet, rows that move on later than others); choose a model that does"
+            )
         model.to(dtype=lm.dtype, device=lm.device)
         model.model.backbone.load_state_dict(lm.base_model.state_dict())
         if output == "tokens":

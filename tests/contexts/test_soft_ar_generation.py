@@ -1,10 +1,13 @@
-"""`model.generate` of softAR models: the same text however it is asked for, or an error."""
+"""softAR models in transformers' hands: `generate`, adapters, settings of the model inside; the same or an error."""
 
 import pytest
 import torch
-from contexts.test_soft_ar import MODELS, embedded, soft_ar, texts
+from contexts.test_soft_ar import LAYOUTS, MODELS, embedded, soft_ar, texts
+from helpers import mamba, rwkv
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig
+
+from softrl.contexts.soft_ar import SoftARForCausalLM
 
 WRITE = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
@@ -79,3 +82,15 @@ def test_adapters_with_virtual_tokens():
     prefixed = get_peft_model(soft_ar("llama").float(), PrefixTuningConfig(task_type="CAUSAL_LM", **sizes)).eval()
     with pytest.raises(ValueError, match="softAR models read whole histories"):
         prefixed.generate(input_ids=ids, **WRITE)
+
+
+# The model inside.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_that_reads_empty_places_is_refused(layout):
+    """Without slots as well: in a batch, rows whose windows hold fewer tokens are padded."""
+    with pytest.raises(ValueError, match="RwkvForCausalLM does not leave out what attention_mask says"):
+        SoftARForCausalLM.from_backbone(rwkv(), LAYOUTS[layout])
+    model, ids = SoftARForCausalLM.from_backbone(mamba(), LAYOUTS[layout]), texts()
+    torch.testing.assert_close(model(ids).logits[:, :4], model(ids[:, :4]).logits, rtol=1e-5, atol=1e-5)
