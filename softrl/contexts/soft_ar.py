@@ -211,11 +211,11 @@ class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, Generatio
         super().__init__(config)
         lm = _new_lm(config)
         self.model = SoftARModel(config, lm.base_model)
-        embedding = self.model.get_input_embeddings()
         if config.output == "embedding":
-            self.lm_head = DistanceHead(embedding, cast(int, config.hidden_size), config.distance_temperature)
+            self.lm_head = DistanceHead(self.model, cast(int, config.hidden_size), config.distance_temperature)
         else:
             self.lm_head = lm.get_output_embeddings()
+            embedding = self.model.get_input_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embedding)
             self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.collapse_head = LearnedCollapse(cast(int, config.hidden_size)) if config.collapse_head else None
@@ -274,8 +274,6 @@ class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, Generatio
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
-        if isinstance(self.lm_head, DistanceHead):
-            self.lm_head.set_embedding(value)
 
     def _resize_token_embeddings(self, *given: Any, **settings: Any) -> nn.Module:
         """A head by distance has no rows of its own to resize."""
