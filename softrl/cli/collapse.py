@@ -67,7 +67,7 @@ def written(given: argparse.Namespace, policy: Any, tokenizer: Any, decoding: An
             f"--collapse writes soft tokens, and the window of {given.model} has num_soft=0; leave it out"
         )
     return soft_ar_generate(
-        policy.causal_lm, made.prompts, given.max_new_tokens, decoding.answering.next_token,
+        policy, made.prompts, given.max_new_tokens, decoding.answering.next_token,
         writing(policy.causal_lm), given.num_samples, eos_token_ids(policy.model, tokenizer), given.seed,
         indices=made.indices,
     )  # fmt: skip

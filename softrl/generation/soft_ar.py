@@ -92,7 +92,7 @@ class _Writing:
 
 @torch.no_grad()
 def soft_ar_generate(
-    model: SoftARForCausalLM,
+    model: SoftARForCausalLM | Policy,
     prompts: Prompts,
     max_new_tokens: int,
     next_token: NextToken | None = None,
@@ -106,7 +106,8 @@ def soft_ar_generate(
     """Go on with prompts of any length for any number of tokens.
 
     Args:
-        model: whose window is read anew every `stride` tokens.
+        model: whose window is read anew every `stride` tokens; a policy of it is used with its adapter, whose virtual
+            tokens come first in the history, and with its temperature, which is of hard tokens.
         prompts: B left-padded prompts.
         max_new_tokens: T.
         next_token: how hard tokens are chosen; by default the likeliest.
@@ -122,12 +123,13 @@ def soft_ar_generate(
         ValueError: prompts that nothing can be generated from, no tokens to generate, or soft tokens for a window
             without a soft region.
     """
-    next_token, layout = next_token or NextToken(greedy=True), model.model.layout
+    policy = model if isinstance(model, Policy) else Policy(model)
+    next_token, layout = next_token or NextToken(greedy=True), policy.causal_lm.model.layout
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if soft is not None and not layout.num_soft:
         raise ValueError("soft: the model's window has no place for soft tokens (num_soft=0); pass None")
-    policy, rows = Policy(model), prompts.repeated(num_samples)
+    rows = prompts.repeated(num_samples)
     random = SequenceRandom.keyed(
         seed, 0, list(range(len(prompts.ids))) if indices is None else indices, num_samples, prompts.ids.device
     )
@@ -135,7 +137,7 @@ def soft_ar_generate(
     ended, mask, steps = torch.zeros_like(rows.mask[:, 0]), [], _Writing([], [], [], [], [], [])
     contexts: list[Tensor] = []
     collapsed: list[Tensor] = []
-    with evaluating(model):
+    with evaluating(policy.model):
         hidden, state = policy.begin(prompts, num_samples, capacity=max_new_tokens)
         assert isinstance(state, WindowState)
         for number in range(max_new_tokens):
@@ -149,7 +151,8 @@ def soft_ar_generate(
                 break
             if soft is not None:
                 _collapse(policy, state, steps, soft, contexts, collapsed)
-            hidden = state.advance(steps.embeds[-1][:, None], is_soft)[:, 0]
+            with policy.context():
+                hidden = state.advance(steps.embeds[-1][:, None], is_soft)[:, 0]
     real = torch.stack(mask, 1)
     tokens = torch.stack(steps.tokens, 1).masked_fill(~real, pad_id)
     columns = {name: torch.stack(getattr(steps, name), 1) for name in ("is_soft", "entropy", "distance", "embeds")}
@@ -173,7 +176,8 @@ def _write(
     embeds, entropy = policy.embed(tokens), softmax_entropy(log_probs)
     distance = torch.zeros_like(entropy)
     if soft is not None and is_soft.any():
-        outputs = policy.causal_lm.soft_outputs(hidden).to(embeds.dtype)
+        with policy.context():
+            outputs = policy.causal_lm.soft_outputs(hidden).to(embeds.dtype)
         nearest, distances = nearest_tokens(policy, outputs)
         if soft.mapped is not None:
             nearest, _ = nearest_tokens(policy, soft.mapped(SoftToken(outputs, hidden, entropy, distances)))

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers import llama
+from peft import PromptTuningConfig, get_peft_model
 from trainers.tiny import word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -157,6 +158,21 @@ def test_draws_do_not_depend_on_the_batch(saved, capsys):
     assert capsys.readouterr().out == together
     texts = [line for line in together.splitlines() if line]
     assert texts[0] != texts[-1]  # two prompts of the same words have draws of their own
+
+
+def test_virtual_tokens_are_read(saved, capsys):
+    """Collapsing where nothing is soft is the model's own greedy writing, behind the virtual tokens."""
+    sizes = {"num_virtual_tokens": 1, "num_layers": 2, "token_dim": 16, "num_attention_heads": 4}
+    model = SoftARForCausalLM.from_pretrained("run")
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **sizes))
+    tuned.prompt_encoder["default"].embedding.weight.data.normal_(0.0, 3.0, generator=torch.manual_seed(0))
+    tuned.save_pretrained("tuned")
+    said = []
+    for name in ("tuned", "run"):
+        for way in (["--collapse", "all"], ["--hard", "--no_stream"]):
+            assert generate.main(["--model", name, "--prompt", "w3 w4", "--max_new_tokens", "3", *way]) == 0
+            said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] == said[3]
 
 
 def vowels(tokens):

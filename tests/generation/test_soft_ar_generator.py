@@ -3,6 +3,7 @@
 import pytest
 import torch
 from contexts.test_soft_ar import LAYOUTS, MODELS, soft_ar, texts
+from peft import PromptTuningConfig, get_peft_model
 
 from softrl.contexts.collapse import LearnedCollapse, selective
 from softrl.contexts.window import WindowLayout
@@ -141,6 +142,34 @@ def test_draws_are_those_of_a_prompt_s_number():
     numbered = soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=5, indices=[1])
     assert torch.equal(numbered.tokens, text.tokens[2:4])
     assert not torch.equal(soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=5).tokens, text.tokens[2:4])
+
+
+@pytest.mark.parametrize("output", ["tokens", "embedding"])
+def test_virtual_tokens_come_first_in_the_history(output):
+    model, prompts = soft_ar("llama", output=output), batch()
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2, token_dim=16, num_attention_heads=4
+    )
+    tuned = get_peft_model(model, config).double().eval()
+    virtual = torch.randn(4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    tuned.prompt_encoder["default"].embedding.weight.data.copy_(virtual)
+    text = soft_ar_generate(Policy(tuned), prompts, T, soft=SoftWriting())
+    for row in range(3):  # every one alone, without padding
+        ids = prompts.ids[row][prompts.mask[row]]
+        before = torch.cat([virtual, model.get_input_embeddings()(ids)])
+        never = torch.zeros(len(before), dtype=torch.bool)
+        hidden = model.model(
+            inputs_embeds=torch.cat([before, text.context[row]])[None],
+            soft_mask=torch.cat([never, text.is_soft[row]])[None],
+            soft_embeds=torch.cat([before, text.embeds[row]])[None],
+        ).last_hidden_state[0, len(before) - 1 : -1]
+        outputs, soft = model.soft_outputs(hidden), text.is_soft[row]
+        torch.testing.assert_close(text.embeds[row][soft], outputs[soft], rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.logits(hidden).argmax(-1)[~soft], text.tokens[row][~soft])
+    with tuned.disable_adapter():
+        without = soft_ar_generate(Policy(tuned), prompts, T, soft=SoftWriting())
+    assert torch.equal(without.embeds, soft_ar_generate(model, prompts, T, soft=SoftWriting()).embeds)
+    assert not torch.equal(text.embeds[:, 0], without.embeds[:, 0])
 
 
 def test_softrl_s_own_decoding_writes_the_same():
