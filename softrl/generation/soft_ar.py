@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.soft_ar import SoftARForCausalLM
+from softrl.contexts.window import WindowLayout
 from softrl.contexts.window_state import WindowState
 from softrl.generation.next_token import NextToken
 from softrl.masking import is_any_of
@@ -90,6 +91,14 @@ class _Writing:
     distance: list[Tensor]
 
 
+def writes_only_soft(layout: WindowLayout, lengths: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
+    """Whether everything that is written after histories of so many tokens is soft, and nothing is ever drawn.
+
+    A token is hard while the first window's hard places fill, or where a window that moves on frees some of them.
+    """
+    return (lengths >= layout.num_hard) & (layout.stride <= layout.num_soft)
+
+
 @torch.no_grad()
 def soft_ar_generate(
     model: SoftARForCausalLM | Policy,
@@ -120,13 +129,15 @@ def soft_ar_generate(
     Returns:
         N = B * G rows of T tokens at most; T is cut to the longest.
     Raises:
-        ValueError: prompts that nothing can be generated from, no tokens to generate, or soft tokens for a window
-            without a soft region.
+        ValueError: prompts that nothing can be generated from, no tokens or texts to generate, or soft tokens for a
+            window without a soft region.
     """
     policy = model if isinstance(model, Policy) else Policy(model)
     next_token, layout = next_token or NextToken(greedy=True), policy.causal_lm.model.layout
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if soft is not None and not layout.num_soft:
         raise ValueError("soft: the model's window has no place for soft tokens (num_soft=0); pass None")
     rows = prompts.repeated(num_samples)

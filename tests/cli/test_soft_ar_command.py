@@ -108,6 +108,9 @@ def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
         (["--collapse", "all", "--max_entropy_nats", "0"], "leave out --max_entropy_nats"),
         (["--collapse", "all", "--temperature", "0.5"], "--temperature is of draws; give --do_sample as well"),
         (["--collapse", "all", "--basis_aware", "0.01"], "with --collapse give --do_sample as well"),
+        (["--collapse", "all", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
+        (["--collapse", "all", "--num_samples", "-1", "--do_sample"], "--num_samples must be at least 1, got -1"),
+        (["--collapse", "all", "--num_samples", "2"], "--num_samples 2 would be copies of one text"),
         (["--collapse", "all", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["--collapse", "all"], "needs a window that moves on, and plain has none"),
     ],
@@ -158,6 +161,30 @@ def test_draws_do_not_depend_on_the_batch(saved, capsys):
     assert capsys.readouterr().out == together
     texts = [line for line in together.splitlines() if line]
     assert texts[0] != texts[-1]  # two prompts of the same words have draws of their own
+
+
+def test_it_is_said_where_nothing_is_drawn(saved, capsys):
+    long = "w3 w4 w5 w6 w7 w8"
+    command = [
+        *saved,
+        "--prompt",
+        "w3 w4",
+        "--prompt",
+        long,
+        "--do_sample",
+        "--temperature",
+        "3",
+        "--num_samples",
+        "2",
+    ]
+    assert generate.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "--do_sample does nothing for prompt 2: soft tokens are not drawn, and behind a prompt of 6 tokens" in err
+    assert generate.main([*saved, "--prompt", "w3 w4", "--prompt", long]) == 0
+    assert "--do_sample does nothing" not in capsys.readouterr().err
+    first, second, third, fourth = (line for line in out.splitlines() if line.startswith("w3"))
+    assert first != second
+    assert third == fourth
 
 
 def test_virtual_tokens_are_read(saved, capsys):

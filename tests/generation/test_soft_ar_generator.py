@@ -8,7 +8,7 @@ from peft import PromptTuningConfig, get_peft_model
 from softrl.contexts.collapse import LearnedCollapse, selective
 from softrl.contexts.window import WindowLayout
 from softrl.generation.next_token import NextToken
-from softrl.generation.soft_ar import SoftWriting, everything, learned, soft_ar_generate
+from softrl.generation.soft_ar import SoftWriting, everything, learned, soft_ar_generate, writes_only_soft
 from softrl.generation.soft_generate import soft_generate
 from softrl.generation.soft_settings import Phase, SoftDecoding
 from softrl.models.policy import Policy
@@ -80,6 +80,21 @@ def test_tokens_among_the_hard_places_are_hard():
     ids = texts(1, 2)
     text = soft_ar_generate(model, Prompts(ids, torch.ones_like(ids).bool()), 14, soft=SoftWriting())
     assert text.is_soft[0].tolist() == [False] * 3 + [True] * 11
+
+
+@pytest.mark.parametrize(
+    "layout", [*((1, 2, 3, 2, stride) for stride in range(1, 6)), (1, 2, 1, 3, 3), (0, 1, 2, 1, 2)]
+)
+def test_where_nothing_is_ever_drawn(layout):
+    """Against what is written, over all phases of a window: lengths of prompts from 1 to two windows."""
+    *sizes, stride = layout
+    model = soft_ar("gpt2", WindowLayout(*sizes, stride=stride))
+    uncompressed = model.model.layout.uncompressed
+    lengths = torch.arange(1, 2 * uncompressed + 1)
+    mask = torch.arange(len(lengths)) >= len(lengths) - lengths[:, None]
+    prompts = Prompts(texts(len(lengths), len(lengths)), mask)
+    text = soft_ar_generate(model, prompts, 2 * uncompressed + 1, soft=SoftWriting())
+    assert torch.equal(writes_only_soft(model.model.layout, lengths), text.is_soft.all(-1))
 
 
 def test_some_soft_tokens_stay_what_they_are():
@@ -196,5 +211,8 @@ def test_the_cache_is_used_and_its_size_does_not_grow():
 def test_soft_tokens_need_a_soft_region_and_texts_a_token():
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 0)
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"num_samples must be at least 1, got {count}"):
+            soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 3, num_samples=count)
     with pytest.raises(ValueError, match=r"no place for soft tokens \(num_soft=0\); pass None"):
         soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 3, soft=SoftWriting())
