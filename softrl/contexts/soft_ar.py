@@ -14,6 +14,7 @@ Left out: transformers' cache arguments. Step by step decoding with a cache insi
 which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token (`soft_ar_generation`).
 """
 
+import copy
 import inspect
 from functools import cached_property
 from typing import Any, cast
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.distance_head import DistanceHead
-from softrl.contexts.soft_ar_config import Output, SoftARConfig
+from softrl.contexts.soft_ar_config import SPECIAL_IDS, Output, SoftARConfig
 from softrl.contexts.soft_ar_generation import WholeHistoryGeneration, refuse_cache
 from softrl.contexts.window import LearnedNormalisation, WindowLayout, Windows, windows
 from softrl.contexts.window_state import WindowState
@@ -54,9 +55,10 @@ class SoftARModel(SoftARPreTrainedModel):
     """A causal LM's decoder behind the window, without the head."""
 
     def __init__(self, config: SoftARConfig, backbone: Any = None):
+        backbone = _new_lm(config).base_model if backbone is None else backbone
         super().__init__(config)
         self.layout = config.layout
-        self.backbone = _new_lm(config).base_model if backbone is None else backbone
+        self.backbone = backbone
         _check_width(self.get_input_embeddings(), config)
         self.place_types = nn.Parameter(torch.zeros(self.layout.num_kinds, cast(int, config.hidden_size)))
         is_learned = self.layout.normalisation == "learned"
@@ -208,8 +210,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, Generatio
     """
 
     def __init__(self, config: SoftARConfig):
-        super().__init__(config)
         lm = _new_lm(config)
+        super().__init__(config)
         self.model = SoftARModel(config, lm.base_model)
         if config.output == "embedding":
             self.lm_head = DistanceHead(self.model, cast(int, config.hidden_size), config.distance_temperature)
@@ -229,6 +231,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, Generatio
     ) -> "SoftARForCausalLM":
         """A softAR model with a causal LM's weights, in its dtype; the LM itself stays as it is.
 
+        Its kind of attention and the special tokens of its generation settings go along.
+
         Args:
             lm: any causal LM with a parallel forward over `inputs_embeds`.
             layout: the window.
@@ -240,16 +244,16 @@ class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, Generatio
         """
         window = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
         config = SoftARConfig(backbone_config=lm.config.to_dict(), window=window, output=output, **settings)
+        config._attn_implementation = lm.config._attn_implementation
         model: Any = cls(config)
-        if not Policy(lm).honours_padding:
-            raise ValueError(
-                f"lm: {type(lm).__name__} does not leave out what attention_mask says, and windows have empty places "
-                "(slots of nothing yet, rows that move on later than others); choose a model that does"
-            )
+        _check_masks(lm)
         model.to(dtype=lm.dtype, device=lm.device)
         model.model.backbone.load_state_dict(lm.base_model.state_dict())
         if output == "tokens":
             model.lm_head.load_state_dict(lm.get_output_embeddings().state_dict())
+        if getattr(lm, "generation_config", None) is not None:
+            for name in SPECIAL_IDS:  # which may be more than its configuration says
+                setattr(model.generation_config, name, copy.copy(getattr(lm.generation_config, name)))
         return model.train(lm.training)
 
     def add_collapse_head(self) -> LearnedCollapse:
@@ -350,8 +354,21 @@ def _check_width(embedding: Any, config: SoftARConfig) -> None:
         )
 
 
+def _check_masks(lm: PreTrainedModel) -> None:
+    if lm.dtype == torch.float64 and lm.config._attn_implementation == "eager":
+        return  # 0/0 at empty places: `SoftARModel.checked` says so where a window has some
+    if not Policy(lm).honours_padding:
+        raise ValueError(
+            f"lm: {type(lm).__name__} does not leave out what attention_mask says, and windows have empty places "
+            "(slots of nothing yet, rows that move on later than others); choose a model that does"
+        )
+
+
 def _new_lm(config: SoftARConfig) -> Any:
-    return AutoModelForCausalLM.from_config(config.backbone)
+    """With the kind of attention that is asked for; without one transformers chooses by the model."""
+    lm = AutoModelForCausalLM.from_config(config.backbone, attn_implementation=config._attn_implementation)
+    config._attn_implementation = lm.config._attn_implementation  # nothing else attends
+    return lm
 
 
 # So that transformers' Auto classes load what was saved; whoever loads by them imports this module.

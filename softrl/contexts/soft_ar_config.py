@@ -12,7 +12,7 @@ from softrl.contexts.window import WindowLayout
 
 Output = Literal["tokens", "embedding"]
 
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FOR_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # what `Policy` does to a head's output
 
 
@@ -61,7 +61,7 @@ class SoftARConfig(PreTrainedConfig):
         """What this configuration does not say itself."""
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
         of_head = _FOR_LOGITS if self.output == "tokens" else ()  # distances are not the head's logits
-        for name in (*names, *_SPECIAL, *of_head):
+        for name in (*names, *SPECIAL_IDS, *of_head):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(backbone, name, None))
 

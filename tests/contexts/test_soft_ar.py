@@ -381,7 +381,6 @@ def test_eager_attention_in_float64_is_refused_where_a_place_is_empty(steps):
     lm = llama()
     lm.set_attn_implementation("eager")
     model, ids = SoftARForCausalLM.from_backbone(lm, LAYOUTS["hard"]), texts(1)
-    model.set_attn_implementation("eager")
     start = Prompts(ids[:, :5], torch.ones(1, 5).bool())
     with pytest.raises(ValueError, match="float32, sdpa attention"):
         _ = soft_ar_generate(model, start, 12) if steps else model(ids)

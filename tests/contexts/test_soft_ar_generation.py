@@ -5,7 +5,7 @@ import torch
 from contexts.test_soft_ar import LAYOUTS, MODELS, embedded, soft_ar, texts
 from helpers import mamba, rwkv
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from softrl.contexts.soft_ar import SoftARForCausalLM
 
@@ -94,3 +94,45 @@ def test_a_model_that_reads_empty_places_is_refused(layout):
         SoftARForCausalLM.from_backbone(rwkv(), LAYOUTS[layout])
     model, ids = SoftARForCausalLM.from_backbone(mamba(), LAYOUTS[layout]), texts()
     torch.testing.assert_close(model(ids).logits[:, :4], model(ids[:, :4]).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa", None])
+def test_the_kind_of_attention_is_that_which_is_asked_for(tmp_path, kind):
+    lm = MODELS["llama"]().float()
+    if kind is not None:
+        lm.set_attn_implementation(kind)
+    model = SoftARForCausalLM.from_backbone(lm, LAYOUTS["soft"])
+    kinds = [each.config._attn_implementation for each in (lm, model, model.model, model.model.backbone)]
+    assert kinds == [kind or "sdpa"] * 4
+    model.save_pretrained(tmp_path)
+    for loader in (AutoModelForCausalLM, AutoModel):
+        again = loader.from_pretrained(tmp_path, **({} if kind is None else {"attn_implementation": kind}))
+        inside = again.backbone if loader is AutoModel else again.model.backbone
+        assert again.config._attn_implementation == inside.config._attn_implementation == kinds[0]
+        seen = type(again)(again.config)  # the configuration says it to the next one
+        assert seen.config._attn_implementation == kinds[0]
+    model.set_attn_implementation("eager")
+    assert model.model.backbone.config._attn_implementation == "eager"
+    assert lm.config._attn_implementation == kinds[0]
+
+
+@pytest.mark.parametrize("make", [MODELS["gru"], mamba], ids=["gru", "mamba"])
+def test_models_without_attention_are_made_again(tmp_path, make):
+    model, ids = SoftARForCausalLM.from_backbone(make(), LAYOUTS["soft"]), texts()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float64").eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    for each in (model, again):
+        assert type(each)(each.config).model.layout == model.model.layout
+
+
+def test_end_tokens_go_along(tmp_path):
+    lm = MODELS["llama"]()
+    lm.generation_config.eos_token_id = [1, 5]
+    model = SoftARForCausalLM.from_backbone(lm, LAYOUTS["soft"])
+    model.generation_config.eos_token_id.append(9)
+    assert lm.generation_config.eos_token_id == [1, 5]
+    model.save_pretrained(tmp_path)
+    for each in (model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float64")):
+        assert each.generation_config.eos_token_id == [1, 5, 9]
+        assert each.generation_config.use_cache is False
