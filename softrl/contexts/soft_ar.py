@@ -355,8 +355,8 @@ def _check_width(embedding: Any, config: SoftARConfig) -> None:
 
 
 def _check_masks(lm: PreTrainedModel) -> None:
-    if lm.dtype == torch.float64 and lm.config._attn_implementation == "eager":
-        return  # 0/0 at empty places: `SoftARModel.checked` says so where a window has some
+    if lm.dtype == torch.float64 and lm._supports_sdpa and lm.config._attn_implementation == "eager":
+        return  # attention of 0/0 at empty places: `SoftARModel.checked` says so where a window has some
     if not Policy(lm).honours_padding:
         raise ValueError(
             f"lm: {type(lm).__name__} does not leave out what attention_mask says, and windows have empty places "
