@@ -112,7 +112,8 @@ class WindowState(DecodeState):
         Returns:
             The hidden states of the newest tokens, in the place of those that `advance` gave.
         Raises:
-            ValueError: a position that no token has yet, or nothing has been fed.
+            ValueError: a position that no token has yet, other shapes, numbers that are not finite, or nothing has
+                been fed.
         """
         self._started.enrich(positions, delta)
         return self._read()
