@@ -192,7 +192,7 @@ def test_vectors_that_are_not_one_a_row_are_refused(positions, delta, message):
 def test_what_annotations_say_holds_without_a_type_checker():
     stream = StreamingWindow.after(*padded(histories([20, 20])), SMALL["notes in small"])
     positions, delta = torch.tensor([5, 4]), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="positions must be whole numbers.*got torch.float32"):
+    with pytest.raises(ValueError, match=r"positions must be whole numbers.*got torch.float32"):
         stream._checked(positions.float(), -1, "delta", delta)
     with pytest.raises(ValueError, match=r"delta must be one vector a row, of shape \(2, 3\), got \(3,\)"):
         stream._checked(positions, -1, "delta", delta[0])
