@@ -100,7 +100,7 @@ class SoftARModel(SoftARPreTrainedModel):
         Returns:
             `last_hidden_state`, shape (N, n, D), 0 at padding.
         Raises:
-            ValueError: not exactly one of ids and embeddings, or soft embeddings without their mask.
+            ValueError: not exactly one of ids and embeddings, soft embeddings without their mask, or no token at all.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, exactly one of the two")
@@ -109,6 +109,8 @@ class SoftARModel(SoftARPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         mask = mask if attention_mask is None else attention_mask.bool()
+        if not mask.any():
+            raise ValueError(f"attention_mask: no row has a token, shape {tuple(mask.shape)}; pass one at least")
         cut = windows(embeds, mask, self.layout, self.normalisation)
         inputs, seen = self._slots(cut, memory_of)
         tokens = cut.inputs[:, :, self.layout.num_slots :]

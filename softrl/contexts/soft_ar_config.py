@@ -68,9 +68,10 @@ class SoftARConfig(PreTrainedConfig):
     def _check(self) -> None:
         if self.output not in get_args(Output):
             raise ValueError(f"output must be one of {get_args(Output)}, got {self.output!r}; choose one of them")
-        if not self.distance_temperature > 0.0:
+        if not 0.0 < self.distance_temperature < float("inf"):
             raise ValueError(
-                f"distance_temperature must be positive, got {self.distance_temperature}; it divides squared distances"
+                f"distance_temperature must be positive and finite, got {self.distance_temperature}; it divides "
+                "squared distances"
             )
         longest = getattr(self.backbone, "max_position_embeddings", None)
         if longest is not None and self.layout.size > longest:

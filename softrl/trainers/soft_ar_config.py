@@ -170,8 +170,8 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
         for name in (*_COUNTS, "max_length"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        if not self.distance_temperature > 0.0:
-            raise ValueError(f"distance_temperature must be positive, got {self.distance_temperature}")
+        if not 0.0 < self.distance_temperature < float("inf"):
+            raise ValueError(f"distance_temperature must be positive and finite, got {self.distance_temperature}")
 
     @property
     def layout(self) -> WindowLayout:

@@ -240,6 +240,7 @@ def _check_own_window(model: SoftARForCausalLM, args: SoftARTrainingConfig) -> N
         )
     pairs = {name: (getattr(args.layout, name), getattr(layout, name)) for name in layout.__dataclass_fields__}
     pairs["output"] = (args.output, output)
+    pairs["distance_temperature"] = (args.distance_temperature, model.config.distance_temperature)
     if others := [f"{name}={given!r} (it has {own!r})" for name, (given, own) in pairs.items() if given != own]:
         logger.warning(f"The model has a window already and keeps it; these settings do nothing: {', '.join(others)}.")
 

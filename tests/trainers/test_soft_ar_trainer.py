@@ -323,10 +323,11 @@ def test_settings_of_a_window_that_a_model_does_not_get_are_named(tmp_path, monk
     monkeypatch.setattr(soft_ar_trainer.logger, "warning", said.append)
     trainer(tmp_path, soft_ar())
     assert said == []
-    trainer(tmp_path, soft_ar(), num_hard=7, slot_order="aggregate_last", output="embedding")
+    trainer(tmp_path, soft_ar(), num_hard=7, slot_order="aggregate_last", output="embedding", distance_temperature=5.0)
     (warning,) = said
     assert "num_hard=7 (it has 3), order=('segments', 'aggregate') (it has ('aggregate', 'segments'))" in warning
     assert "output='embedding' (it has 'tokens')" in warning
+    assert "distance_temperature=5.0 (it has 0.2)" in warning
     assert "num_soft" not in warning
 
 
@@ -351,7 +352,8 @@ def test_a_model_that_reads_no_embeddings_is_refused(tmp_path):
         ({"stride": 9}, "stride must be a whole number, from 1 to num_hard"),
         ({"cross_entropy_weight": float("nan")}, "must not be negative, and one of them positive, got"),
         ({"collapse_head_weight": -1.0}, "collapse must not be negative, and a finite number, got -1.0"),
-        ({"distance_temperature": -1.0}, "distance_temperature must be positive, got -1.0"),
+        ({"distance_temperature": -1.0}, "distance_temperature must be positive and finite, got -1.0"),
+        ({"distance_temperature": float("inf")}, "distance_temperature must be positive and finite, got inf"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"block_length_tokens": 0}, "block_length_tokens must be at least 1, got 0"),
