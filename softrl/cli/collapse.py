@@ -1,6 +1,7 @@
 """`softrl generate --collapse`: a softAR model's own soft outputs, which become tokens when its window moves on."""
 
 import argparse
+import sys
 from typing import Any
 
 _WAYS = "all, learned, distance:LEAST or entropy:LEAST"
@@ -26,6 +27,13 @@ def collapsing(given: argparse.Namespace) -> Any:
         )
     if given.temperature is not None and not given.do_sample:
         raise ValueError("--temperature is of draws; give --do_sample as well")
+    if given.num_samples < 1:
+        raise ValueError(f"--num_samples must be at least 1, got {given.num_samples}")
+    if given.num_samples > 1 and not given.do_sample:
+        raise ValueError(
+            f"--num_samples {given.num_samples} would be copies of one text, since soft tokens are not drawn; give "
+            "--do_sample as well, for the hard ones among them, or leave it out"
+        )
     if given.collapse == "learned":
         return _by_its_head
     by, _, least = given.collapse.partition(":")
@@ -66,7 +74,25 @@ def written(given: argparse.Namespace, policy: Any, tokenizer: Any, decoding: An
         raise ValueError(
             f"--collapse writes soft tokens, and the window of {given.model} has num_soft=0; leave it out"
         )
+    if given.do_sample:
+        _say_where_nothing_is_drawn(policy, made)
     return soft_ar_generate(
-        policy.causal_lm, made.prompts, given.max_new_tokens, decoding.answering.next_token,
+        policy, made.prompts, given.max_new_tokens, decoding.answering.next_token,
         writing(policy.causal_lm), given.num_samples, eos_token_ids(policy.model, tokenizer), given.seed,
+        indices=made.indices,
     )  # fmt: skip
+
+
+def _say_where_nothing_is_drawn(policy: Any, made: Any) -> None:
+    """A warning on stderr: the texts are right, but no option of draws does anything for them."""
+    from softrl.generation.soft_ar import writes_only_soft
+
+    layout = policy.causal_lm.model.layout
+    rows = writes_only_soft(layout, made.prompts.mask.sum(-1) + policy.virtual.count).tolist()
+    if numbers := [str(index + 1) for index, only_soft in zip(made.indices, rows, strict=True) if only_soft]:
+        print(
+            f"--do_sample does nothing for prompt {', '.join(numbers)}: soft tokens are not drawn, and behind a "
+            f"prompt of {layout.num_hard} tokens or more (num_hard) this window, with stride {layout.stride} and "
+            f"num_soft={layout.num_soft}, has soft ones only; its samples are copies of one text",
+            file=sys.stderr,
+        )

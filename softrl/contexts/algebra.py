@@ -36,7 +36,12 @@ def nearest_ids(
         k: from 1 to V, less what is excluded; for a few, since each costs a pass over the table.
         excluded: ids that are not an answer: the operands.
         metric: "cosine" or "euclidean".
+    Raises:
+        ValueError: k out of range.
     """
+    most = len(table) - (0 if excluded is None else excluded.shape[1])
+    if not 1 <= k <= most:
+        raise ValueError(f"k must be from 1 to {most}, the tokens that are not excluded, got {k}")
     found = vectors.new_zeros(len(vectors), 0, dtype=torch.long) if excluded is None else excluded
     for _ in range(k):
         ids, _ = nearest_vectors(lambda ids: table[ids], len(table), vectors, metric, found)
@@ -54,9 +59,14 @@ def ranks(
 ) -> Int[Tensor, "M"]:
     """How many tokens are nearer to each vector than the right one, excluded ones left out; 0 is a hit.
 
+    Ties count against the answer: where nothing tells tokens apart, it has not been found.
+
     Raises:
-        ValueError: an answer that is excluded.
+        ValueError: an answer that is excluded, or numbers that are not finite.
     """
+    for name, values in (("table", table), ("vectors", vectors)):
+        if not values.isfinite().all():
+            raise ValueError(f"{name} must be finite, got inf or nan, which is nearer to nothing; leave such rows out")
     if (wrong := (excluded == answers[:, None]).any(-1)).any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
@@ -72,7 +82,8 @@ def ranks(
     for rows in torch.arange(len(vectors), device=vectors.device).split(chunk_length(len(table))):
         nearness = torch.addmm(offset, vectors[rows], table.T)
         of_answer = nearness.gather(1, answers[rows, None])
-        counts.append((nearness.scatter(1, excluded[rows], -torch.inf) > of_answer).sum(-1))
+        left_out = torch.cat([excluded[rows], answers[rows, None]], 1)
+        counts.append((nearness.scatter(1, left_out, -torch.inf) >= of_answer).sum(-1))
     return torch.cat(counts)
 
 

@@ -3,6 +3,7 @@
 So that a model whose output is an embedding can be sampled from, and trained by cross-entropy, as any other.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -15,28 +16,33 @@ class DistanceHead(nn.Module):
     """`y = A h + b` from hidden states, and logits by the distance to every token embedding.
 
     Args:
-        embedding: the model's input embedding, which stays the model's: it is neither a submodule nor saved here.
+        decoder: the model whose input embedding is asked for at every use, since adapters and a grown vocabulary
+            replace it; it is neither a submodule nor saved here.
+        width: D.
         temperature: τ at the start, positive; learned by its logarithm.
     Source: softrl maths, section 9.
     """
 
-    def __init__(self, embedding: nn.Module, width: int, temperature: float):
+    def __init__(self, decoder: nn.Module, width: int, temperature: float):
         super().__init__()
         self.projection = nn.Linear(width, width)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        self.set_embedding(embedding)
+        self._decoder: tuple[Any] = (decoder,)  # in a tuple, which torch does not look into for submodules
 
-    def set_embedding(self, embedding: nn.Module) -> None:
-        """Measure distances to another module's vectors."""
-        self._embedding: tuple[Any] = (embedding,)  # in a tuple, which torch does not look into for submodules
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DistanceHead":
+        """Of a whole model's copy the head measures to the copy's embedding; a head alone keeps its decoder."""
+        memo.setdefault(id(self._decoder[0]), self._decoder[0])
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     @property
     def embeddings(self) -> Float[Tensor, "V D"]:
-        """e of all tokens, as the model's own module returns them: some scale inside it."""
-        module = self._embedding[0]
+        """e of all tokens, as the model's own module returns them: some scale inside it, adapters change it."""
+        module = self._decoder[0].get_input_embeddings()
         if type(module) is nn.Embedding:
             return module.weight
-        return module(torch.arange(module.num_embeddings, device=module.weight.device))
+        return module(torch.arange(len(module.weight), device=module.weight.device))
 
     def outputs(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """y."""

@@ -11,9 +11,10 @@ Output "tokens" keeps the model's head. Output "embedding" puts out one vector y
 for collapses (`collapse`) may stand beside either, and is saved with the model.
 
 Left out: transformers' cache arguments. Step by step decoding with a cache inside the window is `window_state`,
-which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token.
+which `Policy` finds by `new_state`; `model.generate` runs the whole history at every token (`soft_ar_generation`).
 """
 
+import copy
 import inspect
 from functools import cached_property
 from typing import Any, cast
@@ -26,10 +27,11 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.distance_head import DistanceHead
-from softrl.contexts.soft_ar_config import Output, SoftARConfig
+from softrl.contexts.soft_ar_config import SPECIAL_IDS, Output, SoftARConfig
+from softrl.contexts.soft_ar_generation import WholeHistoryGeneration, refuse_cache
 from softrl.contexts.window import LearnedNormalisation, WindowLayout, Windows, windows
 from softrl.contexts.window_state import WindowState
-from softrl.models.policy import model_logits
+from softrl.models.policy import Policy, model_logits
 from softrl.models.state import DecodeState, PrefixState, positions
 
 NO_MEMORY = -1  # of `memory_of`: a row that sees none
@@ -53,9 +55,10 @@ class SoftARModel(SoftARPreTrainedModel):
     """A causal LM's decoder behind the window, without the head."""
 
     def __init__(self, config: SoftARConfig, backbone: Any = None):
+        backbone = _new_lm(config).base_model if backbone is None else backbone
         super().__init__(config)
         self.layout = config.layout
-        self.backbone = _new_lm(config).base_model if backbone is None else backbone
+        self.backbone = backbone
         _check_width(self.get_input_embeddings(), config)
         self.place_types = nn.Parameter(torch.zeros(self.layout.num_kinds, cast(int, config.hidden_size)))
         is_learned = self.layout.normalisation == "learned"
@@ -97,7 +100,7 @@ class SoftARModel(SoftARPreTrainedModel):
         Returns:
             `last_hidden_state`, shape (N, n, D), 0 at padding.
         Raises:
-            ValueError: not exactly one of ids and embeddings, or soft embeddings without their mask.
+            ValueError: not exactly one of ids and embeddings, soft embeddings without their mask, or no token at all.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, exactly one of the two")
@@ -106,6 +109,8 @@ class SoftARModel(SoftARPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         mask = mask if attention_mask is None else attention_mask.bool()
+        if not mask.any():
+            raise ValueError(f"attention_mask: no row has a token, shape {tuple(mask.shape)}; pass one at least")
         cut = windows(embeds, mask, self.layout, self.normalisation)
         inputs, seen = self._slots(cut, memory_of)
         tokens = cut.inputs[:, :, self.layout.num_slots :]
@@ -194,7 +199,7 @@ class SoftARModel(SoftARPreTrainedModel):
         return frozenset(inspect.signature(self.backbone.forward).parameters)
 
 
-class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
+class SoftARForCausalLM(SoftARPreTrainedModel, WholeHistoryGeneration, GenerationMixin):
     """A softAR model with its head; loads by transformers' Auto classes once this module is imported.
 
     Example:
@@ -207,14 +212,14 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
     """
 
     def __init__(self, config: SoftARConfig):
-        super().__init__(config)
         lm = _new_lm(config)
+        super().__init__(config)
         self.model = SoftARModel(config, lm.base_model)
-        embedding = self.model.get_input_embeddings()
         if config.output == "embedding":
-            self.lm_head = DistanceHead(embedding, cast(int, config.hidden_size), config.distance_temperature)
+            self.lm_head = DistanceHead(self.model, cast(int, config.hidden_size), config.distance_temperature)
         else:
             self.lm_head = lm.get_output_embeddings()
+            embedding = self.model.get_input_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embedding)
             self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.collapse_head = LearnedCollapse(cast(int, config.hidden_size)) if config.collapse_head else None
@@ -228,19 +233,29 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
     ) -> "SoftARForCausalLM":
         """A softAR model with a causal LM's weights, in its dtype; the LM itself stays as it is.
 
+        Its kind of attention and the special tokens of its generation settings go along.
+
         Args:
             lm: any causal LM with a parallel forward over `inputs_embeds`.
             layout: the window.
             output: "embedding" leaves the LM's head behind for a new one.
             settings: further arguments of `SoftARConfig`.
+        Raises:
+            ValueError: the LM reads what the attention mask leaves out, as RWKV does: slots are empty at first, and
+                rows of a batch move on at different times.
         """
         window = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
         config = SoftARConfig(backbone_config=lm.config.to_dict(), window=window, output=output, **settings)
+        config._attn_implementation = lm.config._attn_implementation
         model: Any = cls(config)
+        _check_masks(lm)
         model.to(dtype=lm.dtype, device=lm.device)
         model.model.backbone.load_state_dict(lm.base_model.state_dict())
         if output == "tokens":
             model.lm_head.load_state_dict(lm.get_output_embeddings().state_dict())
+        if getattr(lm, "generation_config", None) is not None:
+            for name in SPECIAL_IDS:  # which may be more than its configuration says
+                setattr(model.generation_config, name, copy.copy(getattr(lm.generation_config, name)))
         return model.train(lm.training)
 
     def add_collapse_head(self) -> LearnedCollapse:
@@ -265,8 +280,6 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
-        if isinstance(self.lm_head, DistanceHead):
-            self.lm_head.set_embedding(value)
 
     def _resize_token_embeddings(self, *given: Any, **settings: Any) -> nn.Module:
         """A head by distance has no rows of its own to resize."""
@@ -306,6 +319,8 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
         memory_of: Int[Tensor, "N"] | None = None,
         labels: Int[Tensor, "N n"] | None = None,
         logits_to_keep: int = 0,
+        cache: Any = None,
+        past_key_values: Any = None,
         **ignored: Any,
     ) -> CausalLMOutput:
         """Logits of the next token at every position, of either output; see `SoftARModel.forward`.
@@ -314,8 +329,12 @@ class SoftARForCausalLM(SoftARPreTrainedModel, GenerationMixin):
             labels: the tokens themselves, −100 where the loss leaves them out; the loss is the mean cross-entropy of
                 those that a token stands before.
             logits_to_keep: without labels, compute the last so many positions only; 0 for all.
+            cache, past_key_values: transformers' names of a cache; an empty one is ignored.
             ignored: what transformers' generation passes along, such as position ids, which are the window's here.
+        Raises:
+            ValueError: as `SoftARModel.forward`, or a cache that holds something.
         """
+        refuse_cache(cache, past_key_values)
         output = self.model(input_ids, attention_mask, inputs_embeds, soft_mask, soft_embeds, memory_of)
         if labels is None:
             return CausalLMOutput(logits=self.logits(output.last_hidden_state[:, -logits_to_keep:]))
@@ -337,8 +356,21 @@ def _check_width(embedding: Any, config: SoftARConfig) -> None:
         )
 
 
+def _check_masks(lm: PreTrainedModel) -> None:
+    if lm.dtype == torch.float64 and lm._supports_sdpa and lm.config._attn_implementation == "eager":
+        return  # attention of 0/0 at empty places: `SoftARModel.checked` says so where a window has some
+    if not Policy(lm).honours_padding:
+        raise ValueError(
+            f"lm: {type(lm).__name__} does not leave out what attention_mask says, and windows have empty places "
+            "(slots of nothing yet, rows that move on later than others); choose a model that does"
+        )
+
+
 def _new_lm(config: SoftARConfig) -> Any:
-    return AutoModelForCausalLM.from_config(config.backbone)
+    """With the kind of attention that is asked for; without one transformers chooses by the model."""
+    lm = AutoModelForCausalLM.from_config(config.backbone, attn_implementation=config._attn_implementation)
+    config._attn_implementation = lm.config._attn_implementation  # nothing else attends
+    return lm
 
 
 # So that transformers' Auto classes load what was saved; whoever loads by them imports this module.

@@ -12,7 +12,7 @@ from softrl.contexts.window import WindowLayout
 
 Output = Literal["tokens", "embedding"]
 
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FOR_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # what `Policy` does to a head's output
 
 
@@ -61,16 +61,17 @@ class SoftARConfig(PreTrainedConfig):
         """What this configuration does not say itself."""
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
         of_head = _FOR_LOGITS if self.output == "tokens" else ()  # distances are not the head's logits
-        for name in (*names, *_SPECIAL, *of_head):
+        for name in (*names, *SPECIAL_IDS, *of_head):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(backbone, name, None))
 
     def _check(self) -> None:
         if self.output not in get_args(Output):
             raise ValueError(f"output must be one of {get_args(Output)}, got {self.output!r}; choose one of them")
-        if not self.distance_temperature > 0.0:
+        if not 0.0 < self.distance_temperature < float("inf"):
             raise ValueError(
-                f"distance_temperature must be positive, got {self.distance_temperature}; it divides squared distances"
+                f"distance_temperature must be positive and finite, got {self.distance_temperature}; it divides "
+                "squared distances"
             )
         longest = getattr(self.backbone, "max_position_embeddings", None)
         if longest is not None and self.layout.size > longest:

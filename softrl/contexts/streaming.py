@@ -157,12 +157,12 @@ class StreamingWindow:
         Of tokens that a layout without aggregate has forgotten nothing is changed.
 
         Args:
-            positions: counted in a row's own tokens from 0; −1 leaves a row alone.
+            positions: one of each row, counted in its own tokens from 0; −1 leaves a row alone.
             delta: what is added, shape (N, D).
         Raises:
-            ValueError: a position that no token has yet.
+            ValueError: a position that no token has yet, other shapes, or numbers that are not finite.
         """
-        positions, rows = self._checked(positions, -1)
+        positions, rows = self._checked(positions, -1, "delta", delta)
         place = positions[rows] % self._held.shape[1]
         old, added = self._held[rows, place], delta[rows].double()
         new = (old.double() + added).to(old.dtype)
@@ -179,9 +179,10 @@ class StreamingWindow:
             positions: counted in a row's own tokens from 0; −1 leaves a row alone.
             embeds: shape (N, D).
         Raises:
-            ValueError: a position that no token has yet, or that is part of the aggregate, or forgotten.
+            ValueError: a position that no token has yet, or that is part of the aggregate, or forgotten; other shapes,
+                or numbers that are not finite.
         """
-        positions, rows = self._checked(positions, self._oldest_held())
+        positions, rows = self._checked(positions, self._oldest_held(), "embeds", embeds)
         place = positions[rows] % self._held.shape[1]
         old, new = self._held[rows, place], embeds[rows].to(self._held.dtype)
         self._held[rows, place] = new
@@ -197,8 +198,20 @@ class StreamingWindow:
         weights = (self.layout.weight_decay**ages).masked_fill(~inside, 0.0).to(added.device)
         self._sums[rows] += weights[..., None] * added[:, None]
 
-    def _checked(self, positions: Tensor, oldest: Tensor | int) -> tuple[Int[Tensor, "N"], Int[Tensor, "R"]]:
-        """Positions on the host, and the rows that are meant."""
+    def _checked(
+        self, positions: Tensor, oldest: Tensor | int, name: str, vectors: Tensor
+    ) -> tuple[Int[Tensor, "N"], Int[Tensor, "R"]]:
+        """Positions on the host, and the rows that are meant; their vectors, of that name, are checked too."""
+        num_rows, _, width = self._held.shape
+        if positions.shape != (num_rows,) or positions.is_floating_point():
+            raise ValueError(
+                f"positions must be whole numbers, one of each of the {num_rows} rows, got {positions.dtype} of shape "
+                f"{tuple(positions.shape)}; -1 leaves a row alone"
+            )
+        if vectors.shape != (num_rows, width):
+            raise ValueError(
+                f"{name} must be one vector a row, of shape {(num_rows, width)}, got {tuple(vectors.shape)}"
+            )
         positions = positions.cpu()
         wrong = (positions != -1) & ((positions < oldest) | (positions >= self._lengths))
         if wrong.any():
@@ -208,4 +221,8 @@ class StreamingWindow:
                 f"positions[{row}] must be from {least} to {int(self._lengths[row]) - 1}, tokens that row {row} has "
                 f"and holds, or -1 for none; got {int(positions[row])}"
             )
-        return positions, (positions != -1).nonzero()[:, 0]
+        rows = (positions != -1).nonzero()[:, 0]
+        if not vectors[rows].isfinite().all():
+            row = int(rows[~vectors[rows].isfinite().all(-1).cpu()][0])
+            raise ValueError(f"{name}[{row}] must be finite, since sums keep what is added to them; got inf or nan")
+        return positions, rows

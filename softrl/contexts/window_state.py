@@ -65,9 +65,11 @@ class WindowState(DecodeState):
             embeds: of the tokens.
             is_soft: whether a row's tokens are soft; only those with a place in the soft region can be, see `places`.
         Raises:
-            ValueError: a soft token among the hard ones.
+            ValueError: a soft token among the hard ones, or among the prompts.
         """
         if self.window is None:
+            if is_soft is not None and is_soft.any():
+                raise ValueError("is_soft must be None at the first call, which feeds prompts: they are hard")
             self.window = StreamingWindow.after(embeds, self.mask, self.layout, self.decoder.normalisation)
             return self.decoder(inputs_embeds=embeds, attention_mask=self.mask).last_hidden_state
         soft = torch.zeros_like(self.is_soft[:, 0]) if is_soft is None else is_soft
@@ -112,7 +114,8 @@ class WindowState(DecodeState):
         Returns:
             The hidden states of the newest tokens, in the place of those that `advance` gave.
         Raises:
-            ValueError: a position that no token has yet, or nothing has been fed.
+            ValueError: a position that no token has yet, other shapes, numbers that are not finite, or nothing has
+                been fed.
         """
         self._started.enrich(positions, delta)
         return self._read()

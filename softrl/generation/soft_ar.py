@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softrl.contexts.collapse import LearnedCollapse
 from softrl.contexts.soft_ar import SoftARForCausalLM
+from softrl.contexts.window import WindowLayout
 from softrl.contexts.window_state import WindowState
 from softrl.generation.next_token import NextToken
 from softrl.masking import is_any_of
@@ -90,9 +91,17 @@ class _Writing:
     distance: list[Tensor]
 
 
+def writes_only_soft(layout: WindowLayout, lengths: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
+    """Whether everything that is written after histories of so many tokens is soft, and nothing is ever drawn.
+
+    A token is hard while the first window's hard places fill, or where a window that moves on frees some of them.
+    """
+    return (lengths >= layout.num_hard) & (layout.stride <= layout.num_soft)
+
+
 @torch.no_grad()
 def soft_ar_generate(
-    model: SoftARForCausalLM,
+    model: SoftARForCausalLM | Policy,
     prompts: Prompts,
     max_new_tokens: int,
     next_token: NextToken | None = None,
@@ -101,11 +110,13 @@ def soft_ar_generate(
     eos_ids: tuple[int, ...] = (),
     seed: int = 0,
     pad_id: int = 0,
+    indices: list[int] | None = None,
 ) -> SoftARText:
     """Go on with prompts of any length for any number of tokens.
 
     Args:
-        model: whose window is read anew every `stride` tokens.
+        model: whose window is read anew every `stride` tokens; a policy of it is used with its adapter, whose virtual
+            tokens come first in the history, and with its temperature, which is of hard tokens.
         prompts: B left-padded prompts.
         max_new_tokens: T.
         next_token: how hard tokens are chosen; by default the likeliest.
@@ -114,24 +125,30 @@ def soft_ar_generate(
         eos_ids: a text ends where its token, what a soft one would become included, is one of these.
         seed: random numbers are keyed by it, the prompt's number and the sample.
         pad_id: what stands behind a text's end.
+        indices: the prompts' numbers, so that a prompt has the same draws in every batch; by default 0, 1, ...
     Returns:
         N = B * G rows of T tokens at most; T is cut to the longest.
     Raises:
-        ValueError: prompts that nothing can be generated from, no tokens to generate, or soft tokens for a window
-            without a soft region.
+        ValueError: prompts that nothing can be generated from, no tokens or texts to generate, or soft tokens for a
+            window without a soft region.
     """
-    next_token, layout = next_token or NextToken(greedy=True), model.model.layout
+    policy = model if isinstance(model, Policy) else Policy(model)
+    next_token, layout = next_token or NextToken(greedy=True), policy.causal_lm.model.layout
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if soft is not None and not layout.num_soft:
         raise ValueError("soft: the model's window has no place for soft tokens (num_soft=0); pass None")
-    policy, rows = Policy(model), prompts.repeated(num_samples)
-    random = SequenceRandom.keyed(seed, 0, list(range(len(prompts.ids))), num_samples, prompts.ids.device)
+    rows = prompts.repeated(num_samples)
+    random = SequenceRandom.keyed(
+        seed, 0, list(range(len(prompts.ids))) if indices is None else indices, num_samples, prompts.ids.device
+    )
     check_rollout(policy, prompts, max_new_tokens, num_samples, random)
     ended, mask, steps = torch.zeros_like(rows.mask[:, 0]), [], _Writing([], [], [], [], [], [])
     contexts: list[Tensor] = []
     collapsed: list[Tensor] = []
-    with evaluating(model):
+    with evaluating(policy.model):
         hidden, state = policy.begin(prompts, num_samples, capacity=max_new_tokens)
         assert isinstance(state, WindowState)
         for number in range(max_new_tokens):
@@ -145,7 +162,8 @@ def soft_ar_generate(
                 break
             if soft is not None:
                 _collapse(policy, state, steps, soft, contexts, collapsed)
-            hidden = state.advance(steps.embeds[-1][:, None], is_soft)[:, 0]
+            with policy.context():
+                hidden = state.advance(steps.embeds[-1][:, None], is_soft)[:, 0]
     real = torch.stack(mask, 1)
     tokens = torch.stack(steps.tokens, 1).masked_fill(~real, pad_id)
     columns = {name: torch.stack(getattr(steps, name), 1) for name in ("is_soft", "entropy", "distance", "embeds")}
@@ -169,7 +187,8 @@ def _write(
     embeds, entropy = policy.embed(tokens), softmax_entropy(log_probs)
     distance = torch.zeros_like(entropy)
     if soft is not None and is_soft.any():
-        outputs = policy.causal_lm.soft_outputs(hidden).to(embeds.dtype)
+        with policy.context():
+            outputs = policy.causal_lm.soft_outputs(hidden).to(embeds.dtype)
         nearest, distances = nearest_tokens(policy, outputs)
         if soft.mapped is not None:
             nearest, _ = nearest_tokens(policy, soft.mapped(SoftToken(outputs, hidden, entropy, distances)))

@@ -84,7 +84,8 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
             Share of the texts that are read without memory, so that the model knows how to do without.
         eval_beyond_tokens (`int`, *optional*):
             Evaluations call predictions from more than so many tokens `_beyond`. By default as many as the window
-            holds uncompressed; to compare windows of different sizes give all the largest one's.
+            holds uncompressed; to compare windows of different sizes give all the largest one's. Some text must reach
+            it. Metrics `_permuted` need batches of two texts, see `per_device_eval_batch_size`.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Stop after so many steps in a row whose gradients were not finite.
     """
@@ -169,8 +170,8 @@ class SoftARTrainingConfig(ScheduledArguments, BaseConfig):
         for name in (*_COUNTS, "max_length"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        if not self.distance_temperature > 0.0:
-            raise ValueError(f"distance_temperature must be positive, got {self.distance_temperature}")
+        if not 0.0 < self.distance_temperature < float("inf"):
+            raise ValueError(f"distance_temperature must be positive and finite, got {self.distance_temperature}")
 
     @property
     def layout(self) -> WindowLayout:

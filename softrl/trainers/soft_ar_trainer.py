@@ -20,7 +20,7 @@ from softrl.tokens.noise import SequenceRandom, sequence_seed
 from softrl.trainers.loading import load_model, model_name
 from softrl.trainers.plain_text_trainer import PlainTextTrainer
 from softrl.trainers.soft_ar_config import SoftARTrainingConfig
-from softrl.trainers.soft_ar_evaluation import ReadText, read_texts, summary
+from softrl.trainers.soft_ar_evaluation import PERMUTED, ReadText, read_texts, summary
 from softrl.types import Texts
 
 logger = logging.get_logger(__name__)
@@ -91,6 +91,11 @@ class SoftARTrainer(PlainTextTrainer):
             )
         others = (train_dataset, eval_dataset, processing_class, callbacks, optimizers)
         super().__init__(model, args, *others)
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        for name, dataset in datasets.items() if args.eval_beyond_tokens is not None else ():
+            if dataset is not None:
+                where = "eval_dataset" if name is None else f"eval_dataset[{name!r}]"
+                _check_beyond(args.eval_beyond_tokens, max(map(len, dataset["input_ids"])) - 1, where)
 
     def make_model(
         self,
@@ -102,10 +107,11 @@ class SoftARTrainer(PlainTextTrainer):
         if args.collapse_head_weight > 0.0 and windowed.collapse_head is None:
             windowed.add_collapse_head()
         check_policy(Policy(windowed))
-        if args.eval_beyond_tokens is not None and args.eval_beyond_tokens < windowed.model.layout.uncompressed:
+        least = windowed.model.layout.uncompressed
+        if args.eval_beyond_tokens is not None and not args.eval_beyond_tokens >= least:  # nan is none either
             raise ValueError(
                 f"eval_beyond_tokens={args.eval_beyond_tokens} is inside the window, whose first "
-                f"{windowed.model.layout.uncompressed} tokens have no memory; give as many or more"
+                f"{least} tokens have no memory; give as many or more"
             )
         return windowed
 
@@ -179,8 +185,28 @@ class SoftARTrainer(PlainTextTrainer):
             return read_texts(model, self._texts(rows), [row[INDEX_COLUMN] for row in rows])
 
     def summarised(self, model: SoftARForCausalLM) -> dict[str, float]:
-        beyond = self.args.eval_beyond_tokens or model.model.layout.uncompressed
+        beyond, texts = self.args.eval_beyond_tokens, self.last_evaluation
+        if beyond is None:
+            beyond = model.model.layout.uncompressed
+        else:
+            _check_beyond(
+                beyond, max((read for text in texts for read in text.read), default=beyond + 1), "eval_dataset"
+            )
+        if model.model.layout.num_slots and not any(PERMUTED in text.nll for text in texts):
+            logger.warning_once(
+                "No batch of the evaluation had a second text, whose memory could be lent, so that there are no "
+                "metrics _permuted; raise per_device_eval_batch_size to 2 or more, and pass two texts or more."
+            )
         return summary(self.last_evaluation, model, beyond) | num_parameters(model)
+
+
+def _check_beyond(beyond_tokens: int, longest: int, where: str) -> None:
+    """Raise ValueError where metrics `_beyond` are asked for and would be missing."""
+    if not longest > beyond_tokens:
+        raise ValueError(
+            f"eval_beyond_tokens={beyond_tokens} is reached by no text of {where}, whose predictions that count are "
+            f"from {longest} tokens at most; lower it, or pass longer texts (max_length, block_length_tokens)"
+        )
 
 
 def soft_ar_model(model: "str | PreTrainedModel", args: SoftARTrainingConfig) -> SoftARForCausalLM:
@@ -214,6 +240,7 @@ def _check_own_window(model: SoftARForCausalLM, args: SoftARTrainingConfig) -> N
         )
     pairs = {name: (getattr(args.layout, name), getattr(layout, name)) for name in layout.__dataclass_fields__}
     pairs["output"] = (args.output, output)
+    pairs["distance_temperature"] = (args.distance_temperature, model.config.distance_temperature)
     if others := [f"{name}={given!r} (it has {own!r})" for name, (given, own) in pairs.items() if given != own]:
         logger.warning(f"The model has a window already and keeps it; these settings do nothing: {', '.join(others)}.")
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers import llama
+from peft import PromptTuningConfig, get_peft_model
 from trainers.tiny import word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,6 +108,9 @@ def test_from_a_text_to_a_rewarded_policy(tiny, capsys, extra):
         (["--collapse", "all", "--max_entropy_nats", "0"], "leave out --max_entropy_nats"),
         (["--collapse", "all", "--temperature", "0.5"], "--temperature is of draws; give --do_sample as well"),
         (["--collapse", "all", "--basis_aware", "0.01"], "with --collapse give --do_sample as well"),
+        (["--collapse", "all", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
+        (["--collapse", "all", "--num_samples", "-1", "--do_sample"], "--num_samples must be at least 1, got -1"),
+        (["--collapse", "all", "--num_samples", "2"], "--num_samples 2 would be copies of one text"),
         (["--collapse", "all", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["--collapse", "all"], "needs a window that moves on, and plain has none"),
     ],
@@ -138,6 +142,64 @@ def test_a_window_without_what_a_collapse_needs(tmp_path, monkeypatch, capsys):
         word_tokenizer().save_pretrained("run")
         assert generate.main(["--model", "run", "--prompt", "w3 w4", "--collapse", options]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A model with more hard places than the prompts have tokens, saved as run."""
+    monkeypatch.chdir(tmp_path)
+    SoftARForCausalLM.from_backbone(llama().float(), WindowLayout(1, 3, 6, 2)).save_pretrained("run")
+    word_tokenizer().save_pretrained("run")
+    return ["--model", "run", "--collapse", "all", "--max_new_tokens", "5"]
+
+
+def test_draws_do_not_depend_on_the_batch(saved, capsys):
+    command = [*saved, "--prompt", "w3 w4", "--prompt", "w3 w4", "--do_sample", "--temperature", "3"]
+    assert generate.main(command) == 0
+    together = capsys.readouterr().out
+    assert generate.main([*command, "--batch_size", "1"]) == 0
+    assert capsys.readouterr().out == together
+    texts = [line for line in together.splitlines() if line]
+    assert texts[0] != texts[-1]  # two prompts of the same words have draws of their own
+
+
+def test_it_is_said_where_nothing_is_drawn(saved, capsys):
+    long = "w3 w4 w5 w6 w7 w8"
+    command = [
+        *saved,
+        "--prompt",
+        "w3 w4",
+        "--prompt",
+        long,
+        "--do_sample",
+        "--temperature",
+        "3",
+        "--num_samples",
+        "2",
+    ]
+    assert generate.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "--do_sample does nothing for prompt 2: soft tokens are not drawn, and behind a prompt of 6 tokens" in err
+    assert generate.main([*saved, "--prompt", "w3 w4", "--prompt", long]) == 0
+    assert "--do_sample does nothing" not in capsys.readouterr().err
+    first, second, third, fourth = (line for line in out.splitlines() if line.startswith("w3"))
+    assert first != second
+    assert third == fourth
+
+
+def test_virtual_tokens_are_read(saved, capsys):
+    """Collapsing where nothing is soft is the model's own greedy writing, behind the virtual tokens."""
+    sizes = {"num_virtual_tokens": 1, "num_layers": 2, "token_dim": 16, "num_attention_heads": 4}
+    model = SoftARForCausalLM.from_pretrained("run")
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **sizes))
+    tuned.prompt_encoder["default"].embedding.weight.data.normal_(0.0, 3.0, generator=torch.manual_seed(0))
+    tuned.save_pretrained("tuned")
+    said = []
+    for name in ("tuned", "run"):
+        for way in (["--collapse", "all"], ["--hard", "--no_stream"]):
+            assert generate.main(["--model", name, "--prompt", "w3 w4", "--max_new_tokens", "3", *way]) == 0
+            said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] == said[3]
 
 
 def vowels(tokens):

@@ -72,3 +72,24 @@ def test_a_hand_made_analogy():
 def test_an_answer_among_the_operands_is_refused():
     with pytest.raises(ValueError, match=r"answers\[1\]=3 is among the operands, excluded\[1\]=\[5, 6, 3\]"):
         analogies(table_of(), torch.tensor([[0, 1, 2, 3], [5, 6, 3, 3]]))
+
+
+@pytest.mark.parametrize("k", [0, -1, 39])
+def test_more_tokens_than_there_are_and_none_are_refused(k):
+    excluded = torch.tensor([[3, 7]])
+    with pytest.raises(ValueError, match=f"k must be from 1 to 38, the tokens that are not excluded, got {k}"):
+        nearest_ids(table_of(), table_of(1), k, excluded)
+    assert sorted(nearest_ids(table_of(), table_of(1), 38, excluded)[0].tolist()) == sorted({*range(40)} - {3, 7})
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_ties_count_against_the_answer_and_nan_is_refused(metric):
+    table = table_of()
+    table[10:14] = torch.tensor([0.0, 0.0, 4.0, 0.0, 0.0, 0.0])  # products without rounding
+    found = ranks(table, table[[10]], torch.tensor([10]), torch.tensor([[13, 14]]), metric)
+    assert found.tolist() == [2]  # 11 and 12; 13 is left out
+    bad = table.clone()
+    bad[20, 1] = torch.nan
+    for pair, name in (((bad, table[:1]), "table"), ((table, bad[[20]]), "vectors")):
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            ranks(*pair, torch.tensor([5]), torch.tensor([[6, 7]]), metric)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from contexts.test_soft_ar import embedded, soft_ar, texts
 from helpers import V
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from softrl.contexts.distance_head import DistanceHead, distance_logits
+from softrl.models.policy import Policy, check_policy
 
 
 def test_logits_by_distance_and_a_head_that_moves():
@@ -44,8 +46,8 @@ def test_low_precision_does_not_reach_distances(way, norm):
 
 
 def test_a_scaled_embedding_has_its_distances_scaled():
-    head = soft_ar("gemma3", output="embedding").head
-    torch.testing.assert_close(head.embeddings, 4.0 * head._embedding[0].weight)  # sqrt(16)
+    model = soft_ar("gemma3", output="embedding")
+    torch.testing.assert_close(model.head.embeddings, 4.0 * model.get_input_embeddings().weight)  # sqrt(16)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -72,3 +74,39 @@ def test_a_copy_has_its_own_embedding_for_distances():
     assert isinstance(other.lm_head, DistanceHead)
     assert other.lm_head.embeddings is other.get_input_embeddings().weight
     assert other.lm_head.embeddings is not model.get_input_embeddings().weight
+
+
+def test_a_copy_of_the_head_alone_keeps_the_model_s_embedding():
+    """PEFT copies it for `modules_to_save`; the decoder must not be copied along."""
+    model = soft_ar(output="embedding")
+    other = copy.deepcopy(model.head)
+    assert other.projection.weight is not model.head.projection.weight
+    assert torch.equal(other.projection.weight, model.head.projection.weight)
+    assert other.embeddings is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}],
+    ids=["LoRA of the embedding", "an embedding of its own"],
+)
+def test_distances_are_to_the_embedding_that_an_adapter_makes(settings, name):
+    model, ids = soft_ar(name, output="embedding"), texts(1)
+    before, old = model(ids).logits, model.head.embeddings.detach().clone()
+    tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **settings)).eval()
+    with torch.no_grad():
+        for parameter in (each for key, each in tuned.named_parameters() if each.requires_grad and "embed" in key):
+            parameter.add_(0.3)
+    table = embedded(model, torch.arange(V))
+    assert (table - old).abs().max() > 0.1
+    y = model.head.outputs(model.model(ids).last_hidden_state)
+    expected = -(y[:, :, None] - table).square().sum(-1) / 0.2
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-6, atol=1e-6)
+    check_policy(Policy(tuned))
+    model(ids).logits[0, 4].logsumexp(-1).backward()  # of tokens that the text has not as well
+    learned = [each for key, each in tuned.named_parameters() if each.requires_grad and "embed" in key]
+    assert all(each.grad.abs().sum() > 0.0 for each in learned)
+    with tuned.disable_adapter():
+        torch.testing.assert_close(model.head.embeddings, old)
+        torch.testing.assert_close(model(ids).logits, before)

@@ -346,7 +346,7 @@ def config(**settings):
     ("settings", "message"),
     [
         ({"output": "words"}, r"output must be one of \('tokens', 'embedding'\), got 'words'"),
-        ({"distance_temperature": 0.0}, "distance_temperature must be positive, got 0.0"),
+        ({"distance_temperature": 0.0}, "distance_temperature must be positive and finite, got 0.0"),
         (
             {"window": {"num_segments": 0, "segment_tokens": 1, "num_hard": 64, "num_soft": 0}},
             "window has 65 places, and the language model max_position_embeddings=64",
@@ -381,7 +381,6 @@ def test_eager_attention_in_float64_is_refused_where_a_place_is_empty(steps):
     lm = llama()
     lm.set_attn_implementation("eager")
     model, ids = SoftARForCausalLM.from_backbone(lm, LAYOUTS["hard"]), texts(1)
-    model.set_attn_implementation("eager")
     start = Prompts(ids[:, :5], torch.ones(1, 5).bool())
     with pytest.raises(ValueError, match="float32, sdpa attention"):
         _ = soft_ar_generate(model, start, 12) if steps else model(ids)
@@ -395,3 +394,9 @@ def test_bad_inputs_are_refused():
         model(ids, inputs_embeds=embedded(model, ids))
     with pytest.raises(ValueError, match="soft_embeds needs soft_mask"):
         model(ids, soft_embeds=embedded(model, ids))
+    for mask in (torch.zeros(1, LENGTH, dtype=torch.long), torch.zeros(1, LENGTH, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="attention_mask: no row has a token"):
+            model(ids, mask)
+    state = model.model.new_state(torch.ones_like(ids, dtype=torch.bool), 3)
+    with pytest.raises(ValueError, match="is_soft must be None at the first call"):
+        state.advance(embedded(model, ids), torch.tensor([True]))

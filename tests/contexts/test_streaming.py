@@ -164,6 +164,40 @@ def test_positions_without_a_token_are_refused():
         stream.enrich(torch.tensor([-2, -1]), delta)
 
 
+@pytest.mark.parametrize(
+    ("positions", "delta", "message"),
+    [
+        (torch.tensor([5]), torch.zeros(1, 3), r"one of each of the 2 rows, got torch.int64 of shape \(1,\)"),
+        (torch.tensor([5, 4, 3]), torch.zeros(3, 3), r"2 rows, got torch.int64 of shape \(3,\)"),
+        (torch.tensor([5, 4]), torch.zeros(2, 1), r"one vector a row, of shape \(2, 3\), got \(2, 1\)"),
+        (torch.tensor([-1, 4]), torch.tensor([[0.0] * 3, [0.0, torch.nan, 0.0]]), r"\[1\] must be finite"),
+        (torch.tensor([5, 4]), torch.tensor([[torch.inf] * 3, [0.0] * 3]), r"\[0\] must be finite"),
+    ],
+)
+def test_vectors_that_are_not_one_a_row_are_refused(positions, delta, message):
+    """Some would reach the first row alone or spread, and a sum never forgets what is not a number."""
+    layout = SMALL["notes in small"]
+    stream = StreamingWindow.after(*padded(histories([20, 20])), layout)
+    before = [each.clone() for each in stream.inputs()]
+    with pytest.raises(ValueError, match=message):
+        stream.enrich(positions, delta.double())
+    with pytest.raises(ValueError, match=message):
+        stream.replace(positions + 10 * (positions >= 0), delta.double())
+    assert all(torch.equal(*pair) for pair in zip(stream.inputs(), before, strict=True))
+    rows_left_alone = torch.tensor([[torch.nan] * 3, [1.0] * 3], dtype=torch.float64)
+    stream.enrich(torch.tensor([-1, 4]), rows_left_alone)
+    assert stream.inputs()[0].isfinite().all()
+
+
+def test_what_annotations_say_holds_without_a_type_checker():
+    stream = StreamingWindow.after(*padded(histories([20, 20])), SMALL["notes in small"])
+    positions, delta = torch.tensor([5, 4]), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"positions must be whole numbers.*got torch.float32"):
+        stream._checked(positions.float(), -1, "delta", delta)
+    with pytest.raises(ValueError, match=r"delta must be one vector a row, of shape \(2, 3\), got \(3,\)"):
+        stream._checked(positions, -1, "delta", delta[0])
+
+
 class Elements(TorchDispatchMode):
     """Counts the elements of everything that tensor operations read and write."""
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from contexts.test_soft_ar import LAYOUTS, MODELS, soft_ar, texts
+from peft import PromptTuningConfig, get_peft_model
 
 from softrl.contexts.collapse import LearnedCollapse, selective
 from softrl.contexts.window import WindowLayout
 from softrl.generation.next_token import NextToken
-from softrl.generation.soft_ar import SoftWriting, everything, learned, soft_ar_generate
+from softrl.generation.soft_ar import SoftWriting, everything, learned, soft_ar_generate, writes_only_soft
 from softrl.generation.soft_generate import soft_generate
 from softrl.generation.soft_settings import Phase, SoftDecoding
 from softrl.models.policy import Policy
@@ -81,6 +82,21 @@ def test_tokens_among_the_hard_places_are_hard():
     assert text.is_soft[0].tolist() == [False] * 3 + [True] * 11
 
 
+@pytest.mark.parametrize(
+    "layout", [*((1, 2, 3, 2, stride) for stride in range(1, 6)), (1, 2, 1, 3, 3), (0, 1, 2, 1, 2)]
+)
+def test_where_nothing_is_ever_drawn(layout):
+    """Against what is written, over all phases of a window: lengths of prompts from 1 to two windows."""
+    *sizes, stride = layout
+    model = soft_ar("gpt2", WindowLayout(*sizes, stride=stride))
+    uncompressed = model.model.layout.uncompressed
+    lengths = torch.arange(1, 2 * uncompressed + 1)
+    mask = torch.arange(len(lengths)) >= len(lengths) - lengths[:, None]
+    prompts = Prompts(texts(len(lengths), len(lengths)), mask)
+    text = soft_ar_generate(model, prompts, 2 * uncompressed + 1, soft=SoftWriting())
+    assert torch.equal(writes_only_soft(model.model.layout, lengths), text.is_soft.all(-1))
+
+
 def test_some_soft_tokens_stay_what_they_are():
     model, prompts = soft_ar("llama"), batch()
     every = soft_ar_generate(model, prompts, T, soft=SoftWriting())
@@ -133,6 +149,44 @@ def test_draws_belong_to_a_row_and_not_to_its_batch():
     assert not torch.equal(soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=6).tokens, text.tokens[:2])
 
 
+def test_draws_are_those_of_a_prompt_s_number():
+    model, prompts = soft_ar(), batch()
+    sampled = NextToken(temperature=1.3, top_k=9)
+    text = soft_ar_generate(model, prompts, T, sampled, num_samples=2, seed=5)
+    alone = Prompts(prompts.ids[1:2], prompts.mask[1:2])
+    numbered = soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=5, indices=[1])
+    assert torch.equal(numbered.tokens, text.tokens[2:4])
+    assert not torch.equal(soft_ar_generate(model, alone, T, sampled, num_samples=2, seed=5).tokens, text.tokens[2:4])
+
+
+@pytest.mark.parametrize("output", ["tokens", "embedding"])
+def test_virtual_tokens_come_first_in_the_history(output):
+    model, prompts = soft_ar("llama", output=output), batch()
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2, token_dim=16, num_attention_heads=4
+    )
+    tuned = get_peft_model(model, config).double().eval()
+    virtual = torch.randn(4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    tuned.prompt_encoder["default"].embedding.weight.data.copy_(virtual)
+    text = soft_ar_generate(Policy(tuned), prompts, T, soft=SoftWriting())
+    for row in range(3):  # every one alone, without padding
+        ids = prompts.ids[row][prompts.mask[row]]
+        before = torch.cat([virtual, model.get_input_embeddings()(ids)])
+        never = torch.zeros(len(before), dtype=torch.bool)
+        hidden = model.model(
+            inputs_embeds=torch.cat([before, text.context[row]])[None],
+            soft_mask=torch.cat([never, text.is_soft[row]])[None],
+            soft_embeds=torch.cat([before, text.embeds[row]])[None],
+        ).last_hidden_state[0, len(before) - 1 : -1]
+        outputs, soft = model.soft_outputs(hidden), text.is_soft[row]
+        torch.testing.assert_close(text.embeds[row][soft], outputs[soft], rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.logits(hidden).argmax(-1)[~soft], text.tokens[row][~soft])
+    with tuned.disable_adapter():
+        without = soft_ar_generate(Policy(tuned), prompts, T, soft=SoftWriting())
+    assert torch.equal(without.embeds, soft_ar_generate(model, prompts, T, soft=SoftWriting()).embeds)
+    assert not torch.equal(text.embeds[:, 0], without.embeds[:, 0])
+
+
 def test_softrl_s_own_decoding_writes_the_same():
     """`softrl generate` goes through this; with hard, greedy tokens there is one right text."""
     model, prompts = soft_ar(), batch()
@@ -157,5 +211,8 @@ def test_the_cache_is_used_and_its_size_does_not_grow():
 def test_soft_tokens_need_a_soft_region_and_texts_a_token():
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 0)
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"num_samples must be at least 1, got {count}"):
+            soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 3, num_samples=count)
     with pytest.raises(ValueError, match=r"no place for soft tokens \(num_soft=0\); pass None"):
         soft_ar_generate(soft_ar("gpt2", "hard"), batch(), 3, soft=SoftWriting())

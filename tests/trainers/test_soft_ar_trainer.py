@@ -166,6 +166,37 @@ def test_beyond_begins_where_it_is_said(tmp_path):
         trainer(tmp_path, eval_beyond_tokens=4)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_beyond_that_no_text_reaches_is_refused(tmp_path, named):
+    rows = texts(2, seed=3, length=14)  # the last token is predicted from 13
+    other = {"short": texts(2, length=14), "long": texts(2, length=30)} if named else rows
+    assert trainer(tmp_path, evaluation=rows, eval_beyond_tokens=12).evaluate()["eval_tokens_beyond"] == 2
+    for beyond in (13, float("inf")):
+        with pytest.raises(ValueError, match=r"eval_beyond_tokens=(13|inf) is reached by no text.*from 13 tokens"):
+            trainer(tmp_path, evaluation=other, eval_beyond_tokens=beyond)
+    with pytest.raises(ValueError, match="eval_beyond_tokens=nan is inside the window"):
+        trainer(tmp_path, evaluation=rows, eval_beyond_tokens=float("nan"))
+    made = trainer(tmp_path, evaluation=texts(2, length=14), eval_beyond_tokens=9)
+    with pytest.raises(ValueError, match=r"reached by no text of eval_dataset, whose predictions .* from 7 tokens"):
+        made.evaluate(texts(2, length=8))
+    masked = rows.add_column("completion_mask", [[1] * 8 + [0] * 6] * 2)
+    with pytest.raises(ValueError, match="predictions that count are from 7 tokens at most"):
+        trainer(tmp_path, evaluation=masked, eval_beyond_tokens=9).evaluate()
+
+
+def test_it_is_said_that_nobody_lends_memory(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(soft_ar_trainer.logger, "warning_once", said.append)
+    rows = texts(2, length=14)
+    assert "eval_nll_permuted" in trainer(tmp_path, evaluation=rows).evaluate()
+    trainer(tmp_path, without_slots(soft_ar()), evaluation=rows, per_device_eval_batch_size=1).evaluate()
+    assert not said
+    assert "eval_nll_permuted" not in trainer(tmp_path, evaluation=rows, per_device_eval_batch_size=1).evaluate()
+    assert "eval_nll_permuted" not in trainer(tmp_path, evaluation=texts(1, length=14)).evaluate()
+    assert len(said) == 2
+    assert "no metrics _permuted; raise per_device_eval_batch_size to 2 or more" in said[0]
+
+
 def test_what_is_fed_soft_is_what_an_evaluation_measures(tmp_path):
     made = trainer(
         tmp_path, evaluation=texts(2, seed=3, length=14), max_steps=1, soft_share=1.0, train=texts(2, 3, 14)
@@ -292,10 +323,11 @@ def test_settings_of_a_window_that_a_model_does_not_get_are_named(tmp_path, monk
     monkeypatch.setattr(soft_ar_trainer.logger, "warning", said.append)
     trainer(tmp_path, soft_ar())
     assert said == []
-    trainer(tmp_path, soft_ar(), num_hard=7, slot_order="aggregate_last", output="embedding")
+    trainer(tmp_path, soft_ar(), num_hard=7, slot_order="aggregate_last", output="embedding", distance_temperature=5.0)
     (warning,) = said
     assert "num_hard=7 (it has 3), order=('segments', 'aggregate') (it has ('aggregate', 'segments'))" in warning
     assert "output='embedding' (it has 'tokens')" in warning
+    assert "distance_temperature=5.0 (it has 0.2)" in warning
     assert "num_soft" not in warning
 
 
@@ -320,7 +352,8 @@ def test_a_model_that_reads_no_embeddings_is_refused(tmp_path):
         ({"stride": 9}, "stride must be a whole number, from 1 to num_hard"),
         ({"cross_entropy_weight": float("nan")}, "must not be negative, and one of them positive, got"),
         ({"collapse_head_weight": -1.0}, "collapse must not be negative, and a finite number, got -1.0"),
-        ({"distance_temperature": -1.0}, "distance_temperature must be positive, got -1.0"),
+        ({"distance_temperature": -1.0}, "distance_temperature must be positive and finite, got -1.0"),
+        ({"distance_temperature": float("inf")}, "distance_temperature must be positive and finite, got inf"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"block_length_tokens": 0}, "block_length_tokens must be at least 1, got 0"),
