@@ -27,7 +27,7 @@ def test_reward_calls_are_those_that_are_read(monkeypatch):
         agrees = gated.surrogate(*surrogate_inputs(every.thoughts, every.passed, every.embeds)).std_nats < middle
         sets = torch.einsum("ma,mb,mc,md->mabcd", *each)  # of the probabilities of all draws
         among = torch.einsum("ma,mb,mc,md->mabcd", *[agrees.to(own)] * 4)
-        assert gated.reward_calls == pytest.approx(4.0 * float((sets * (1.0 - among)).sum()), rel=1e-6)
+        assert gated.reward_calls == pytest.approx(4.0 * (sets * (1.0 - among)).sum().item(), rel=1e-6)
         assert 0.0 < gated.reward_calls < calls
     with_talk = made(problem_of(num_samples=4, part="whole"), rule("rloo", surrogate="always"))
     assert with_talk.reward_calls == calls
