@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     from softrl.assets import AssetError
     from softrl.studies.sweep_launch import interrupted_by_sigterm
 
-    command = shlex.join(["softrl", "sweep", *argv])
+    command = shlex.join(["softrl", "sweep", *(word for word in argv if word != "--only_report")])  # what made it
     try:
         with interrupted_by_sigterm():
             return _run(given, command)

@@ -164,9 +164,11 @@ def findings(question: Question, rows: Sequence[Setting]) -> list[str]:
         verdict = "better" if (row.difference[0] > 0.0) == (question.direction == "maximize") else "worse"
         size = with_error(abs(row.difference[0]), row.difference[1], decimals=_decimals(row.metric[0]))
         lines.append(f"{label}: {verdict} than the baseline by {size} ({row.better} of {row.pairs} seeds better).")
-    if question.report.baseline and not lines:
-        lines = ["No setting differs from the baseline by more than two standard errors."]
-    return lines
+    if lines or not question.report.baseline:
+        return lines
+    if all(row.pairs < 2 for row in rows):
+        return ["With one seed there is no standard error by which to tell a difference from chance."]
+    return ["No setting differs from the baseline by more than two standard errors."]
 
 
 def write_results(search: Search, trials: Sequence[Trial], path: Path, others: Iterable[str] = ()) -> None:

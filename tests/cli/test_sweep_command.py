@@ -146,6 +146,7 @@ def test_a_sweep_recipe_answers_its_question(tmp_path, capsys, recipe):
         (out / name).unlink()
     assert command.main([*words, "--only_report"]) == 0
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "only_report" not in (out / "report.html").read_text(), "the command that made it"
     assert len(told) == sum(len(lines_of(path / "ran")) for path in (out / "trials").iterdir())
     with pytest.raises(ValueError, match="holds a sweep"):
         command._run(command._parser().parse_args([*words, "--set", "max_steps=6"]), "")

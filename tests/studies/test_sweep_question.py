@@ -121,6 +121,13 @@ def test_seeds_are_folded_and_settings_compared_seed_by_seed(tmp_path):
     ]
 
 
+def test_one_seed_says_nothing_of_chance(tmp_path):
+    one = [each for each in by_hand() if each.values["seed"] == 7]
+    assert findings(question(tmp_path), settings(question(tmp_path), one)) == [
+        "With one seed there is no standard error by which to tell a difference from chance."
+    ]
+
+
 def test_a_baseline_that_lacks_a_key_serves_all_of_its_values(tmp_path):
     asked = question(tmp_path, RECIPE.replace("{arm: without}", "{arm: alone}"))
     rows = settings(asked, by_hand())
